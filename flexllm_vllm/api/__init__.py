@@ -1,0 +1,1 @@
+"""The HTTP surface: files, finetuning jobs, iterations, in OpenAI's objects and errors."""

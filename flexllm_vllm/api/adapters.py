@@ -1,0 +1,122 @@
+"""Trained adapters among the models that vLLM serves.
+
+vLLM finds an adapter by name in ``OpenAIServingModels.lora_requests``, a dictionary of one API
+process. Here that dictionary follows the store, so that every API process serves a finished adapter
+at once, under the integer id that the store has issued.
+"""
+
+from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from flexllm_vllm.jobs.store import JobStore
+
+PREFIX = "ft:"
+
+
+class ServedAdapters(dict[str, LoRARequest]):
+    """vLLM's own adapters, and those of the store.
+
+    A look at the store costs some microseconds and is taken only for names that begin with ``ft:``
+    and for listings; the store is read again only when an adapter was added or removed.
+
+    Args:
+        base_models: served names; adapters of other models in the store are not served.
+        static: the adapters that vLLM knows already (``--lora-modules``).
+    """
+
+    def __init__(
+        self, store: JobStore, base_models: Collection[str], static: dict[str, LoRARequest]
+    ) -> None:
+        super().__init__(static)
+        self._store = store
+        self._base_models = frozenset(base_models)
+        self._version: tuple[int, int] | None = None
+        self._created: dict[str, int] = {}
+
+    def created(self, name: str) -> int | None:
+        """Unix time at which an adapter of the store was finished."""
+        return self._created.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, str) and name.startswith(PREFIX):
+            self._refresh()
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        if name.startswith(PREFIX):
+            self._refresh()
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As ``dict.get``."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def __iter__(self) -> Iterator[str]:
+        self._refresh()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._refresh()
+        return super().__len__()
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """As ``dict.keys``."""
+        self._refresh()
+        return super().keys()
+
+    def values(self) -> ValuesView[LoRARequest]:  # type: ignore[override]
+        """As ``dict.values``."""
+        self._refresh()
+        return super().values()
+
+    def items(self) -> ItemsView[str, LoRARequest]:  # type: ignore[override]
+        """As ``dict.items``."""
+        self._refresh()
+        return super().items()
+
+    def _refresh(self) -> None:
+        version = self._store.adapters_version()
+        if version == self._version:
+            return
+        adapters = {
+            adapter.name: adapter
+            for adapter in self._store.list_served_adapters()
+            if adapter.base_model in self._base_models
+        }
+        for name in self._created.keys() - adapters.keys():
+            self.pop(name, None)
+        for name, adapter in adapters.items():
+            if name not in self._created:
+                self[name] = LoRARequest(
+                    lora_name=name,
+                    lora_int_id=adapter.int_id,
+                    lora_path=adapter.path,
+                    base_model_name=adapter.base_model,
+                )
+        self._created = {name: adapter.created_at for name, adapter in adapters.items()}
+        self._version = version
+
+
+def serve_adapters(models: Any, store: JobStore) -> ServedAdapters:
+    """Make vLLM's ``OpenAIServingModels`` serve and list the adapters of the store."""
+    base_models = [base.name for base in models.base_model_paths]
+    adapters = ServedAdapters(store, base_models, models.lora_requests)
+    models.lora_requests = adapters
+    list_models = models.show_available_models
+
+    async def show_available_models() -> Any:
+        # vLLM dates every card to the moment of the request; of ours we know better.
+        listing = await list_models()
+        for card in listing.data:
+            created = adapters.created(card.id)
+            if created is not None:
+                card.created = created
+        return listing
+
+    models.show_available_models = show_available_models
+    return adapters

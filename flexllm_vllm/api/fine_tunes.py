@@ -1,0 +1,91 @@
+"""``/v1/fine_tunes``: the same jobs in the form of OpenAI's API before ``fine_tuning/jobs``."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+
+from flexllm_vllm.api.dependencies import Service
+from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, LegacyJobCreateRequest
+from flexllm_vllm.api.responses import legacy_event_object, legacy_job_object
+from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.jobs.errors import FileNotStoredError
+from flexllm_vllm.jobs.types import FinetuningJob, JobEvent, StoredFile
+
+router = APIRouter(prefix="/v1/fine_tunes", route_class=OpenAIRoute, tags=["finetuning"])
+
+# The old API has no pages.
+_ALL = 1_000_000
+
+
+@router.post("")
+async def create_fine_tune(body: LegacyJobCreateRequest, service: Service) -> dict[str, Any]:
+    """Queue a job."""
+    request = JobCreateRequest(
+        model=body.model or service.base_models[0],
+        training_file=body.training_file,
+        suffix=body.suffix,
+        hyperparameters=Hyperparameters(
+            n_epochs=body.n_epochs,
+            batch_size=body.batch_size,
+            learning_rate_multiplier=body.learning_rate_multiplier,
+        ),
+    )
+    job = await asyncio.to_thread(service.create_job, request)
+    return await asyncio.to_thread(_with_events, service, job)
+
+
+@router.get("")
+async def list_fine_tunes(service: Service) -> dict[str, Any]:
+    """All jobs, oldest first."""
+    return {"object": "list", "data": await asyncio.to_thread(_all, service)}
+
+
+@router.get("/{job_id}")
+async def get_fine_tune(job_id: str, service: Service) -> dict[str, Any]:
+    """One job with its events."""
+    job = await asyncio.to_thread(service.store.get_job, job_id)
+    return await asyncio.to_thread(_with_events, service, job)
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_fine_tune(job_id: str, service: Service) -> dict[str, Any]:
+    """Cancel: a queued job at once, a running one at its next step."""
+    job = await asyncio.to_thread(service.store.request_cancel, job_id)
+    return await asyncio.to_thread(_with_events, service, job)
+
+
+@router.get("/{job_id}/events")
+async def list_fine_tune_events(
+    job_id: str, service: Service, stream: bool = False
+) -> dict[str, Any]:
+    """Events of a job, oldest first."""
+    if stream:
+        raise invalid(
+            "Streaming events is not supported yet; ask again from time to time", "stream"
+        )
+    events = await asyncio.to_thread(_events, service, job_id)
+    return {"object": "list", "data": [legacy_event_object(event) for event in events]}
+
+
+def _all(service: FinetuningService) -> list[dict[str, Any]]:
+    jobs, _ = service.store.list_jobs(limit=_ALL)
+    files = {file.id: file for file in service.store.files.page(limit=_ALL)[0]}
+    return [legacy_job_object(job, files.get(job.training_file)) for job in reversed(jobs)]
+
+
+def _with_events(service: FinetuningService, job: FinetuningJob) -> dict[str, Any]:
+    return legacy_job_object(job, _training_file(service, job), _events(service, job.id))
+
+
+def _training_file(service: FinetuningService, job: FinetuningJob) -> StoredFile | None:
+    try:
+        return service.store.files.get(job.training_file)
+    except FileNotStoredError:
+        return None  # a finished job outlives its file
+
+
+def _events(service: FinetuningService, job_id: str) -> list[JobEvent]:
+    events, _ = service.store.list_events(job_id, limit=_ALL)
+    return events[::-1]

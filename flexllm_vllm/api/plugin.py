@@ -1,0 +1,89 @@
+"""The endpoint plugin: routes into vLLM's API server, and the service behind them."""
+
+import asyncio
+import copy
+import logging
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
+from vllm.renderers.chat_utils import load_chat_template
+
+from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
+from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
+from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.data.tokenize import ExampleTokenizer
+from flexllm_vllm.jobs.store import JobStore
+
+logger = logging.getLogger(__name__)
+
+
+def attach_routes(app: FastAPI) -> None:
+    """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
+    for module in (files, fine_tuning, fine_tunes, iterations):
+        app.include_router(module.router)
+
+
+class FinetuningEndpointPlugin:
+    """vLLM's ``EndpointPlugin`` (see ``vllm/plugins/endpoint_plugins/interface.py``)."""
+
+    name = "flexllm_finetuning"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Called by vLLM while the application is built."""
+        attach_routes(app)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Called by vLLM when the engine is up. Without an engine all our routes answer 503."""
+        if engine_client is None:
+            return
+        vllm_config = engine_client.vllm_config
+        config = FinetuningConfig.from_vllm_config(vllm_config)
+        if config is None:
+            return
+        models = state.openai_serving_models
+        store = await asyncio.to_thread(JobStore, config.dir)
+        adapters = serve_adapters(models, store)
+        model_length = vllm_config.model_config.max_model_len
+        state.finetuning = FinetuningService(
+            store=store,
+            load_tokenizer=lambda: _tokenizer(engine_client, args),
+            base_models=tuple(base.name for base in models.base_model_paths),
+            max_lora_rank=config.max_lora_rank,
+            max_seq_length=min(model_length, config.activation_cache_tokens),
+            fetch_iterations=_iterations_of(engine_client),
+            find_adapter=_paths_of(adapters),
+        )
+        logger.info("finetuning API ready, files and jobs in %s", config.dir)
+
+
+def _tokenizer(engine_client: Any, args: Namespace) -> ExampleTokenizer:
+    """A tokenizer of our own: a fast tokenizer that two threads use at once fails ("Already
+    borrowed"), and vLLM's must not fail because of us."""
+    return ExampleTokenizer(
+        copy.deepcopy(engine_client.renderer.get_tokenizer()),
+        load_chat_template(args.chat_template),
+        resolve_default_chat_template_kwargs(args),
+    )
+
+
+def _iterations_of(engine_client: Any) -> Any:
+    async def fetch(last: int) -> list[dict[str, Any]]:
+        records = await engine_client.engine_core.call_utility_async("finetuning_iterations", last)
+        return list(records)
+
+    return fetch
+
+
+def _paths_of(adapters: ServedAdapters) -> Any:
+    def find(name: str) -> str | None:
+        return adapters[name].lora_path if name in adapters else None
+
+    return find

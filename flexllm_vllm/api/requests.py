@@ -1,0 +1,167 @@
+"""What users may send, checked field by field; nothing unknown is passed over in silence."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+)
+
+from flexllm_vllm.jobs.names import check_suffix
+from flexllm_vllm.jobs.types import TARGET_MODULES
+
+
+def _auto_int(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000:
+        return value
+    raise ValueError(f"must be 'auto' or a positive integer, got {str(value)[:40]!r}")
+
+
+def _auto_float(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value <= 1e6:
+        return float(value)
+    raise ValueError(f"must be 'auto' or a positive number, got {str(value)[:40]!r}")
+
+
+def _method_type(value: Any) -> Any:
+    if value != "supervised":
+        raise ValueError(f"only the method 'supervised' is supported, got {str(value)[:40]!r}")
+    return value
+
+
+def _no_integrations(value: Any) -> Any:
+    if value:
+        raise ValueError("integrations are not supported yet")
+    return None
+
+
+def _no_validation_file(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("a validation file is not supported yet; leave it out")
+    return None
+
+
+AutoInt = Annotated[int | Literal["auto"] | None, PlainValidator(_auto_int)]
+AutoFloat = Annotated[float | Literal["auto"] | None, PlainValidator(_auto_float)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Request(BaseModel):
+    """Types are taken as they are (no "3" for 3) and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Hyperparameters(_Request):
+    """OpenAI's three, and those of ``transformers.TrainingArguments`` beside them."""
+
+    n_epochs: AutoInt = None
+    batch_size: AutoInt = None
+    learning_rate_multiplier: AutoFloat = None
+    learning_rate: Annotated[Number, Field(gt=0)] | None = None
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = None
+    weight_decay: Annotated[Number, Field(ge=0)] | None = None
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    adam_epsilon: Annotated[Number, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = None
+    max_steps: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    max_seq_length: Annotated[int, Field(ge=2)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    shuffle: bool | None = None
+
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be -1 (no limit) or a positive integer, got 0")
+        return value
+
+
+class Lora(_Request):
+    """The adapter, in the words of ``peft.LoraConfig``."""
+
+    r: Annotated[int, Field(ge=1)] | None = None
+    lora_alpha: Annotated[Number, Field(gt=0)] | None = None
+    use_rslora: bool | None = None
+    target_modules: list[str] | None = None
+    init_from: str | None = None
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known_modules(cls, value: list[str] | None) -> list[str] | None:
+        if value is None:
+            return None
+        unknown = [name for name in value if name not in TARGET_MODULES]
+        if unknown or not value:
+            got = ", ".join(repr(name[:40]) for name in unknown) or "an empty list"
+            raise ValueError(f"expected some of {', '.join(TARGET_MODULES)}; got {got}")
+        return value
+
+
+class Supervised(_Request):
+    """``method.supervised``."""
+
+    hyperparameters: Hyperparameters | None = None
+    lora: Lora | None = None
+
+
+class Method(_Request):
+    """``method``."""
+
+    type: Annotated[Literal["supervised"], BeforeValidator(_method_type)]
+    supervised: Supervised | None = None
+
+
+class JobCreateRequest(_Request):
+    """Body of ``POST /v1/fine_tuning/jobs``."""
+
+    model: str
+    training_file: str
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    suffix: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: dict[str, str] | None = None
+    validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None
+    integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _safe_suffix(cls, value: str | None) -> str | None:
+        if value:
+            check_suffix(value)
+        return value or None
+
+    @field_validator("metadata")
+    @classmethod
+    def _small_metadata(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None:
+            if len(value) > 16:
+                raise ValueError(f"at most 16 pairs, got {len(value)}")
+            for name, text in value.items():
+                if len(name) > 64 or len(text) > 512:
+                    raise ValueError("keys have at most 64 characters, values at most 512")
+        return value
+
+
+class LegacyJobCreateRequest(_Request):
+    """Body of ``POST /v1/fine_tunes``, the API before ``fine_tuning/jobs``."""
+
+    training_file: str
+    model: str | None = None
+    n_epochs: AutoInt = None
+    batch_size: AutoInt = None
+    learning_rate_multiplier: AutoFloat = None
+    suffix: str | None = None
+    validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None

@@ -1,0 +1,222 @@
+"""The flags: declared in a group of their own, turned into vLLM's engine arguments."""
+
+import argparse
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+from flexllm_vllm.config import KEY, FinetuningConfig, default_dir
+from flexllm_vllm.cpu_defaults import apply_cpu_defaults, default_dtype
+from flexllm_vllm.release import check_vllm_release
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER = "flexllm_vllm.scheduler.FinetuningScheduler"
+WORKER = "flexllm_vllm.worker.FinetuningWorker"
+
+# Adapters that can be served beside the base model when the user has not said --max-loras.
+SERVED_LORAS = 4
+# Only these layers are wrapped when the user has not enabled LoRA: the logits layer and the
+# embedding would cost every decode step something and no job trains them.
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def add_flags(parser: Any) -> None:
+    """Adds the flags to vLLM's parser."""
+    group = parser.add_argument_group(
+        title="Finetuning",
+        description="LoRA finetuning inside the serving iterations (flexllm-vllm).",
+    )
+    defaults = FinetuningConfig()
+    group.add_argument(
+        "--enable-finetuning",
+        action="store_true",
+        default=False,
+        help="Serve /v1/files and /v1/fine_tuning/jobs, and train in the token slots that "
+        "inference leaves free.",
+    )
+    group.add_argument(
+        "--finetuning-dir",
+        type=Path,
+        default=None,
+        help=f"Folder of files, jobs and adapters. (default: {default_dir()})",
+    )
+    group.add_argument(
+        "--finetuning-max-jobs",
+        type=int,
+        default=None,
+        help=f"Jobs that train at once; others are queued. (default: {defaults.max_jobs})",
+    )
+    group.add_argument(
+        "--finetuning-max-lora-rank",
+        type=int,
+        default=None,
+        help=f"Largest LoRA rank a job may ask for. (default: {defaults.max_lora_rank})",
+    )
+    group.add_argument(
+        "--finetuning-max-tokens",
+        type=int,
+        default=None,
+        help="Finetuning tokens an iteration may hold; with inference in it, it holds fewer. "
+        f"(default: {defaults.max_tokens})",
+    )
+    group.add_argument(
+        "--finetuning-activation-cache-tokens",
+        type=int,
+        default=None,
+        help="Tokens whose activations can be kept for their backward; also the longest sequence "
+        f"that can be trained. (default: {defaults.activation_cache_tokens})",
+    )
+    group.add_argument(
+        "--finetuning-tpot-slo-ms",
+        type=float,
+        default=None,
+        help="Latency target in milliseconds of an iteration that holds inference tokens; "
+        "finetuning takes what fits. (default: a fixed small number of tokens)",
+    )
+
+
+def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
+    """The configuration that the flags ask for; None without ``--enable-finetuning``.
+
+    Raises:
+        ValueError: a value is out of range, or a finetuning flag stands alone.
+    """
+    prefix = "finetuning_"
+    given = {
+        name.removeprefix(prefix): value
+        for name, value in vars(args).items()
+        if name.startswith(prefix) and value is not None
+    }
+    if not getattr(args, "enable_finetuning", False):
+        if given:
+            flag = "--" + prefix.replace("_", "-") + next(iter(given)).replace("_", "-")
+            raise ValueError(f"{flag} has no effect without --enable-finetuning")
+        return None
+    if "dir" in given:
+        given["dir"] = Path(given["dir"]).expanduser().absolute()
+    return FinetuningConfig(**given)
+
+
+def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -> None:
+    """Refuses what finetuning cannot work with, naming it.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``, as the user's flags made them.
+        args: the parsed flags.
+        device: vLLM's platform, ``"cpu"`` or another.
+    """
+    conflicts = {
+        "--scheduler-cls": (engine_args.scheduler_cls, "finetuning brings its own scheduler"),
+        "--worker-cls": (
+            engine_args.worker_cls not in ("auto", None) and engine_args.worker_cls,
+            "finetuning brings its own worker",
+        ),
+        "--headless": (getattr(args, "headless", False), "it has no API server"),
+        "--grpc": (getattr(args, "grpc", False), "the gRPC server has no finetuning API"),
+        "--pipeline-parallel-size": (
+            engine_args.pipeline_parallel_size > 1,
+            "training over several pipeline stages is not supported yet",
+        ),
+        "--tensor-parallel-size": (
+            engine_args.tensor_parallel_size > 1,
+            "training sharded adapters is not supported yet",
+        ),
+        "--data-parallel-size": (
+            engine_args.data_parallel_size > 1,
+            "several engines on one job store are not supported yet",
+        ),
+        "--speculative-config": (
+            engine_args.speculative_config,
+            "draft tokens and finetuning rows do not share a batch yet",
+        ),
+        "--quantization": (
+            engine_args.quantization,
+            "the backward needs plain weights",
+        ),
+        "--kv-transfer-config": (
+            engine_args.kv_transfer_config,
+            "a KV connector would see the finetuning rows",
+        ),
+        "--kv-cache-dtype": (
+            engine_args.kv_cache_dtype not in ("auto", None) and engine_args.kv_cache_dtype,
+            "the backward reads K and V back in the model's dtype",
+        ),
+        "--async-scheduling": (
+            engine_args.async_scheduling is True,
+            "the finetuning scheduler plans from finished iterations",
+        ),
+    }
+    for flag, (given, reason) in conflicts.items():
+        if given:
+            raise ValueError(f"--enable-finetuning cannot be used with {flag}: {reason}")
+    if device != "cpu":
+        raise ValueError(
+            f"--enable-finetuning runs on CPU in this release, and vLLM's platform here is "
+            f"{device}; the GPU worker is not part of it yet"
+        )
+
+
+def apply_to_engine_args(engine_args: Any, config: FinetuningConfig) -> None:
+    """Sets scheduler, worker and LoRA of vLLM's ``EngineArgs``, keeping what the user chose."""
+    if not engine_args.enable_lora:
+        engine_args.enable_lora = True
+        engine_args.max_loras = max(engine_args.max_loras, SERVED_LORAS)
+        engine_args.max_lora_rank = config.max_lora_rank
+        engine_args.lora_target_modules = engine_args.lora_target_modules or TARGETS
+    elif engine_args.max_lora_rank < config.max_lora_rank:
+        logger.info(
+            "--max-lora-rank is raised from %d to %d, the rank that finetuning jobs may have",
+            engine_args.max_lora_rank,
+            config.max_lora_rank,
+        )
+        engine_args.max_lora_rank = config.max_lora_rank
+    engine_args.scheduler_cls = SCHEDULER
+    engine_args.worker_cls = WORKER
+    engine_args.async_scheduling = False
+    engine_args.additional_config = {
+        **(engine_args.additional_config or {}),
+        KEY: config.to_dict(),
+    }
+    if engine_args.dtype == "auto" and (dtype := default_dtype()) is not None:
+        engine_args.dtype = dtype
+    logger.info("Finetuning is on; files, jobs and adapters are kept in %s", config.dir)
+
+
+def install() -> None:
+    """Wraps vLLM's parser set-up and the step from flags to engine arguments; once.
+
+    General plugins are loaded inside ``AsyncEngineArgs.add_cli_args``, so the flags hang on
+    ``EngineArgs.add_cli_args``, which it calls next.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_finetuning_flags", False):
+        return
+    EngineArgs._finetuning_flags = True
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_finetuning(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        add_flags(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_with_finetuning(cls: Any, args: argparse.Namespace) -> Any:
+        engine_args = from_cli_args(cls, args)
+        config = config_from_args(args)
+        if config is not None:
+            import vllm
+            from vllm.platforms import current_platform
+
+            check_vllm_release(vllm.__version__)
+            check_combination(engine_args, args, current_platform.device_type)
+            apply_to_engine_args(engine_args, config)
+            apply_cpu_defaults()
+        return engine_args
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_finetuning)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_with_finetuning)

@@ -1,0 +1,45 @@
+"""What a finetuning job is, and the store that the API and the engine share."""
+
+from flexllm_vllm.jobs.errors import (
+    CursorNotFoundError,
+    FileInUseError,
+    FileNotStoredError,
+    JobNotFoundError,
+    JobStateError,
+    StoreVersionError,
+)
+from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.types import (
+    TARGET_MODULES,
+    FinetuningJob,
+    JobError,
+    JobEvent,
+    JobStatus,
+    LoraSpec,
+    NewEvent,
+    NewJob,
+    ServedAdapter,
+    StoredFile,
+    TrainingSpec,
+)
+
+__all__ = [
+    "TARGET_MODULES",
+    "CursorNotFoundError",
+    "FileInUseError",
+    "FileNotStoredError",
+    "FinetuningJob",
+    "JobError",
+    "JobEvent",
+    "JobNotFoundError",
+    "JobStateError",
+    "JobStatus",
+    "JobStore",
+    "LoraSpec",
+    "NewEvent",
+    "NewJob",
+    "ServedAdapter",
+    "StoreVersionError",
+    "StoredFile",
+    "TrainingSpec",
+]

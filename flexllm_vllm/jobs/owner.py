@@ -1,0 +1,51 @@
+"""Who runs a job: a lock file per engine process that the kernel releases when the process ends.
+
+Several engines may share a store (data parallelism starts one engine per rank). A job that is
+"running" was interrupted only if the engine that claimed it is gone, and a process that was killed
+cannot say so itself.
+"""
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+from flexllm_vllm.jobs.names import new_id
+
+
+class EngineOwner:
+    """The identity under which this process claims jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self.id = new_id("engine")
+        self._file: IO[bytes] | None = None
+
+    def hold(self) -> str:
+        """Take the lock, once; returns the id."""
+        if self._file is None:
+            self._file = (self._folder / self.id).open("wb")
+            # A POSIX record lock, not flock: forked children must not keep it alive.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self.id
+
+    def is_alive(self, owner: str | None) -> bool:
+        """Whether another process holds the lock of ``owner``."""
+        if owner is None or owner == self.id:
+            return False
+        try:
+            with (self._folder / owner).open("r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        (self._folder / owner).unlink(missing_ok=True)
+        return False
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            (self._folder / self.id).unlink(missing_ok=True)
+            self._file.close()
+            self._file = None

@@ -1,0 +1,230 @@
+"""The engine's side of the store: claim a job, report on it, end it.
+
+Called from a background thread of the engine process. Every change is one transaction that first
+looks at the job's state, so that a user who cancels at the same moment is never overwritten.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.errors import JobNotFoundError, JobStateError
+from flexllm_vllm.jobs.owner import EngineOwner
+from flexllm_vllm.jobs.rows import adapter_int_id, insert_event, job_from_row, now
+from flexllm_vllm.jobs.schema import Database
+from flexllm_vllm.jobs.types import FinetuningJob, JobError, JobStatus, NewEvent
+
+
+class JobQueue:
+    """Jobs as an engine sees them."""
+
+    def __init__(self, database: Database, jobs_folder: Path, owner: EngineOwner) -> None:
+        self._database = database
+        self._jobs_folder = jobs_folder
+        self._owner = owner
+
+    def claim_next_job(self, models: Collection[str] | None = None) -> FinetuningJob | None:
+        """The oldest queued job, now running and ours; None if there is none.
+
+        ``models`` limits the choice to jobs for these served names: a store may outlive the model
+        that it was used with.
+        """
+        table = schema.jobs
+        query = select(table).where(table.c.status == JobStatus.QUEUED.value)
+        if models is not None:
+            query = query.where(table.c.model.in_(tuple(models)))
+        owner = self._owner.hold()
+        with self._database.write() as connection:
+            row = connection.execute(query.order_by(table.c.seq).limit(1)).one_or_none()
+            if row is None:
+                return None
+            self._update(
+                connection,
+                row.id,
+                status=JobStatus.RUNNING.value,
+                owner=owner,
+                attempts=row.attempts + 1,
+                started_at=now(),
+                step=0,
+                trained_tokens=0,
+            )
+            insert_event(connection, row.id, NewEvent("Fine-tuning job started"))
+            return job_from_row(self._row(connection, row.id), self._jobs_folder)
+
+    def cancel_requested_jobs(self) -> set[str]:
+        """Ids of running jobs that shall stop."""
+        table = schema.jobs
+        with self._database.read() as connection:
+            return set(
+                connection.scalars(
+                    select(table.c.id).where(
+                        table.c.status == JobStatus.RUNNING.value, table.c.cancel_requested
+                    )
+                )
+            )
+
+    def record_progress(
+        self, job_id: str, step: int, total_steps: int, trained_tokens: int
+    ) -> None:
+        """How far a running job is. ``trained_tokens`` counts from the beginning of the job.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        with self._database.write() as connection:
+            self._running(connection, job_id, "updated")
+            self._update(
+                connection,
+                job_id,
+                step=step,
+                total_steps=total_steps,
+                trained_tokens=trained_tokens,
+            )
+
+    def record_step(self, job_id: str, step: int, metrics: dict[str, Any]) -> None:
+        """A metrics event of one optimizer step: ``train_loss``, ``learning_rate``, ...
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        with self._database.write() as connection:
+            row = self._running(connection, job_id, "updated")
+            message = f"Step {step}/{row.total_steps}"
+            if isinstance(metrics.get("train_loss"), float):
+                message += f": training loss={metrics['train_loss']:.4f}"
+            data = {"step": step, "total_steps": row.total_steps, **metrics}
+            insert_event(connection, job_id, NewEvent(message, type="metrics", data=data))
+
+    def succeed(self, job_id: str, adapter_path: Path) -> None:
+        """End a running job; from this transaction on its adapter is served.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        with self._database.write() as connection:
+            row = self._running(connection, job_id, "succeeded")
+            self._finish(connection, job_id, JobStatus.SUCCEEDED)
+            connection.execute(
+                insert(schema.adapters).values(
+                    name=row.adapter_name,
+                    int_id=adapter_int_id(row.seq),
+                    path=str(adapter_path),
+                    base_model=row.model,
+                    job_id=job_id,
+                    created_at=now(),
+                )
+            )
+            created = f"New fine-tuned model created: {row.adapter_name}"
+            insert_event(connection, job_id, NewEvent(created))
+            insert_event(connection, job_id, NewEvent("The job has successfully completed"))
+
+    def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
+        """End a job that has not finished, with the reason.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job has finished.
+        """
+        with self._database.write() as connection:
+            self._unfinished(connection, job_id, "failed")
+            self._fail(connection, job_id, JobError(code, message, param))
+
+    def cancelled(self, job_id: str) -> None:
+        """End a job that the user has cancelled; the engine has let go of it.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job has finished.
+        """
+        with self._database.write() as connection:
+            self._unfinished(connection, job_id, "cancelled")
+            self._cancel(connection, job_id)
+
+    def requeue_interrupted(
+        self, max_attempts: int = 3, models: Collection[str] | None = None
+    ) -> list[str]:
+        """At the start of an engine: take care of running jobs whose engine is gone.
+
+        They are queued again and start from the beginning; a job whose cancellation was asked for
+        is cancelled; one that was begun ``max_attempts`` times fails, since it may be what ends the
+        server. Jobs of an engine that still lives are left alone.
+
+        Returns:
+            Ids of the jobs that are queued again.
+        """
+        table = schema.jobs
+        query = select(table).where(table.c.status == JobStatus.RUNNING.value)
+        if models is not None:
+            query = query.where(table.c.model.in_(tuple(models)))
+        requeued: list[str] = []
+        with self._database.write() as connection:
+            for row in connection.execute(query.order_by(table.c.seq)).all():
+                if self._owner.is_alive(row.owner):
+                    continue
+                if row.cancel_requested:
+                    self._cancel(connection, row.id)
+                elif row.attempts >= max_attempts:
+                    reason = (
+                        f"The server stopped while the job was running, {row.attempts} times in a "
+                        "row; it is not tried again"
+                    )
+                    self._fail(connection, row.id, JobError("server_interrupted", reason))
+                else:
+                    self._requeue(connection, row)
+                    requeued.append(row.id)
+        return requeued
+
+    def _requeue(self, connection: Connection, row: Row[Any]) -> None:
+        self._update(
+            connection,
+            row.id,
+            status=JobStatus.QUEUED.value,
+            owner=None,
+            started_at=None,
+            step=0,
+            trained_tokens=0,
+        )
+        message = (
+            f"The server stopped at step {row.step} of {row.total_steps}; the job is queued again "
+            "and training starts again from the beginning"
+        )
+        insert_event(connection, row.id, NewEvent(message, "warn"))
+
+    def _cancel(self, connection: Connection, job_id: str) -> None:
+        self._finish(connection, job_id, JobStatus.CANCELLED)
+        insert_event(connection, job_id, NewEvent("Fine-tuning job cancelled"))
+
+    def _fail(self, connection: Connection, job_id: str, error: JobError) -> None:
+        self._finish(connection, job_id, JobStatus.FAILED, error=asdict(error))
+        insert_event(connection, job_id, NewEvent(error.message, "error"))
+
+    def _finish(
+        self, connection: Connection, job_id: str, status: JobStatus, **values: Any
+    ) -> None:
+        self._update(
+            connection, job_id, status=status.value, finished_at=now(), owner=None, **values
+        )
+
+    def _update(self, connection: Connection, job_id: str, **values: Any) -> None:
+        connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
+
+    def _row(self, connection: Connection, job_id: str) -> Row[Any]:
+        query = select(schema.jobs).where(schema.jobs.c.id == job_id)
+        row = connection.execute(query).one_or_none()
+        if row is None:
+            raise JobNotFoundError(job_id)
+        return row
+
+    def _running(self, connection: Connection, job_id: str, wanted: str) -> Row[Any]:
+        row = self._row(connection, job_id)
+        if row.status != JobStatus.RUNNING.value:
+            raise JobStateError(job_id, row.status, wanted)
+        return row
+
+    def _unfinished(self, connection: Connection, job_id: str, wanted: str) -> Row[Any]:
+        row = self._row(connection, job_id)
+        if JobStatus(row.status).finished:
+            raise JobStateError(job_id, row.status, wanted)
+        return row

@@ -1,0 +1,217 @@
+"""The nouns of finetuning: jobs, their settings, events, files and adapters. Plain data."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+# The linear layers that an adapter may cover, in the order in which they are always listed.
+TARGET_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+# Adapter ids below belong to the adapters that vLLM numbers itself (--lora-modules), from 1.
+FIRST_ADAPTER_INT_ID = 1_000_000
+
+EventLevel = Literal["info", "warn", "error"]
+EventType = Literal["message", "metrics"]
+
+
+class JobStatus(StrEnum):
+    """OpenAI's job states."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job can never change again."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapter to train, in the words of ``peft.LoraConfig``.
+
+    ``target_modules`` is a subset of :data:`TARGET_MODULES`, in its order. ``init_from`` names a
+    served adapter to continue from.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = TARGET_MODULES
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = set(self.target_modules)
+        if not wanted or not wanted <= set(TARGET_MODULES):
+            raise ValueError(f"target_modules must be some of {TARGET_MODULES}, got {wanted}")
+        canonical = tuple(name for name in TARGET_MODULES if name in wanted)
+        object.__setattr__(self, "target_modules", canonical)
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to train, in the words of ``transformers.TrainingArguments``; all values resolved.
+
+    Attributes:
+        learning_rate: the peak rate that the optimizer sees, ``learning_rate_multiplier`` included.
+        learning_rate_multiplier: as requested, for the record; None where it was "auto".
+        batch_size: sequences per optimizer step.
+        warmup_ratio: share of all steps in which the rate rises from 0.
+        max_steps: optimizer steps; -1 leaves the number to ``n_epochs``.
+        max_seq_length: tokens; longer examples are truncated.
+        seed: of the order of examples and of the adapter's initial weights.
+    """
+
+    batch_size: int
+    max_seq_length: int
+    seed: int
+    n_epochs: int = 3
+    learning_rate: float = 2e-4
+    learning_rate_multiplier: float | None = None
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_steps: int = -1
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event that has no id and time yet."""
+
+    message: str
+    level: EventLevel = "info"
+    type: EventType = "message"
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job. ``created_at`` is Unix time in seconds."""
+
+    id: str
+    created_at: int
+    level: EventLevel
+    message: str
+    type: EventType
+    data: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job to queue. Its folder, from ``JobStore.new_job``, already holds the tokenized dataset.
+
+    Attributes:
+        adapter_name: the name under which the adapter will be served.
+        hyperparameters: OpenAI's three, as requested ("auto" included).
+        init_adapter_path: PEFT folder of ``lora.init_from``.
+    """
+
+    id: str
+    model: str
+    adapter_name: str
+    training_file: str
+    lora: LoraSpec
+    training: TrainingSpec
+    total_steps: int
+    hyperparameters: dict[str, Any]
+    suffix: str | None = None
+    init_adapter_path: str | None = None
+    organization_id: str = "local"
+    metadata: dict[str, str] | None = None
+    events: tuple[NewEvent, ...] = ()
+
+
+@dataclass(frozen=True)
+class FinetuningJob:
+    """A job as the store knows it. Times are Unix seconds; see also :class:`NewJob`.
+
+    Attributes:
+        adapter_int_id: vLLM's integer id of the adapter, unique in the store.
+        attempts: how often an engine has begun it.
+        cancel_requested: the engine shall stop it.
+        folder: holds ``dataset.safetensors`` and, in the end, ``adapter/``.
+    """
+
+    id: str
+    model: str
+    status: JobStatus
+    training_file: str
+    suffix: str | None
+    lora: LoraSpec
+    training: TrainingSpec
+    hyperparameters: dict[str, Any]
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    trained_tokens: int
+    step: int
+    total_steps: int
+    adapter_name: str
+    fine_tuned_model: str | None
+    adapter_int_id: int
+    init_adapter_path: str | None
+    folder: Path
+    error: JobError | None
+    cancel_requested: bool
+    attempts: int
+    organization_id: str
+    metadata: dict[str, str] | None = field(default=None)
+
+    @property
+    def dataset_path(self) -> Path:
+        """The tokenized examples."""
+        return self.folder / "dataset.safetensors"
+
+    @property
+    def adapter_path(self) -> Path:
+        """Where the final PEFT folder belongs."""
+        return self.folder / "adapter"
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A finished adapter that requests may name as their model. ``path`` is a PEFT folder."""
+
+    name: str
+    int_id: int
+    path: str
+    base_model: str
+    created_at: int
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An uploaded file. ``bytes`` is its size."""
+
+    id: str
+    filename: str
+    bytes: int
+    purpose: str
+    created_at: int

@@ -1,0 +1,6 @@
+"""How a decoder layer of each model family runs backward: one file per family."""
+
+from flexllm_vllm.models.base import ModelBackward, RowSegment
+from flexllm_vllm.models.registry import SUPPORTED_ARCHITECTURES, build_backward
+
+__all__ = ["SUPPORTED_ARCHITECTURES", "ModelBackward", "RowSegment", "build_backward"]

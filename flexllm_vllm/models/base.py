@@ -1,0 +1,128 @@
+"""What the worker asks of a model family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flexllm_vllm.kernels.lora import LoraGroup
+
+# PEFT's names of the linear layers, by the merged linear of vLLM that computes them. The order
+# within a group is the order of the merged output.
+LORA_GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of one merged linear: its input, and the output width of each target in it."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowSegment:
+    """The rows of a backward window that belong to one sequence.
+
+    Attributes:
+        rows: where they lie in the window.
+        start: position of the first of them in its sequence.
+        block_ids: ``[num_blocks]`` int64, the sequence's block table.
+        dk: ``[num_kv_heads, sequence_length, head_size]`` float32, the KV-gradient accumulator.
+        dv: like ``dk``.
+    """
+
+    rows: slice
+    start: int
+    block_ids: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+class LoraMatrices(Protocol):
+    """An adapter as the backward sees it."""
+
+    def group(self, layer: int, name: str) -> LoraGroup | None:
+        """Matrices of a merged linear's targets, or None where it has none."""
+
+    def grad(self, layer: int, name: str) -> LoraGroup:
+        """Their float32 gradient accumulators."""
+
+
+Capture = Callable[[int, str, torch.Tensor, "torch.Tensor | None"], None]
+
+
+class ModelBackward(Protocol):
+    """The backward of one loaded vLLM model.
+
+    Attributes:
+        num_layers: decoder layers.
+        num_kv_heads, head_size: of the attention, for the KV-gradient accumulators.
+        hidden_size: width of the residual stream.
+        dtype: of the weights and activations.
+        saved: name -> width of what a decoder layer keeps for its backward, per token.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    saved: Mapping[str, int]
+
+    def linear_shapes(self) -> dict[str, LinearShape]:
+        """Shapes of the merged linears of a layer, by their names in ``LORA_GROUPS``."""
+
+    def module_path(self, layer: int, name: str) -> str:
+        """Path of a linear (merged or PEFT's name) within the model."""
+
+    def install_capture(self, capture: Capture) -> None:
+        """Registers hooks that call ``capture(layer, name, x, addend)`` in each forward.
+
+        What is to be saved is ``x``, or ``x + addend`` where a residual is kept apart.
+        ``layer == num_layers`` and name ``"hidden"`` is the input of the final norm.
+        """
+
+    def kv_cache(self, layer: int) -> torch.Tensor:
+        """The layer's paged KV cache."""
+
+    def loss_head(
+        self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
+    ) -> tuple[float, torch.Tensor]:
+        """Loss sum of these rows, and the gradient of their ``hidden`` times ``scale``.
+
+        Args:
+            hidden: ``[num_rows, hidden_size]``, the input of the final norm.
+            targets: ``[num_rows]`` int64.
+            scale: one over the loss-bearing tokens of the optimizer batch.
+        """
+
+    def layer_backward(
+        self,
+        layer: int,
+        d_out: torch.Tensor,
+        saved: Mapping[str, torch.Tensor],
+        positions: torch.Tensor,
+        segments: list[RowSegment],
+        adapter: LoraMatrices,
+    ) -> torch.Tensor:
+        """Runs one layer backward for a window of rows, accumulating the LoRA gradients.
+
+        Args:
+            layer: index of the layer.
+            d_out: ``[num_rows, hidden_size]`` float32, gradient of the layer's output.
+            saved: what ``capture`` was given for this layer and these rows.
+            positions: ``[num_rows]`` int64.
+            segments: the sequences that the rows belong to.
+            adapter: the job's adapter.
+
+        Returns:
+            ``[num_rows, hidden_size]`` float32, gradient of the layer's input (undefined for
+            layer 0, whose input nobody trains).
+        """

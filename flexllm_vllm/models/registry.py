@@ -1,0 +1,34 @@
+"""Which architectures can be finetuned."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexllm_vllm.models.base import ModelBackward
+from flexllm_vllm.models.llama import LlamaBackward
+
+_FAMILIES: dict[str, Callable[[Any], ModelBackward]] = {
+    "LlamaForCausalLM": LlamaBackward,
+}
+SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+
+
+def check_architecture(architectures: list[str]) -> None:
+    """Raises ValueError for a model that cannot be finetuned."""
+    if not any(name in _FAMILIES for name in architectures):
+        raise ValueError(
+            f"--enable-finetuning does not support the architecture {', '.join(architectures)}; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+def build_backward(model: torch.nn.Module, architectures: list[str]) -> ModelBackward:
+    """The backward of a loaded vLLM model.
+
+    Raises:
+        ValueError: the architecture is not supported, or this model of it is not.
+    """
+    check_architecture(architectures)
+    name = next(name for name in architectures if name in _FAMILIES)
+    return _FAMILIES[name](model)

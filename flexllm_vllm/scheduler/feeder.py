@@ -1,0 +1,173 @@
+"""The engine's link to the job store: a thread, so that no disk access delays an iteration."""
+
+import fcntl
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from flexllm_vllm.data.dataset import TokenizedDataset
+from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.types import FinetuningJob
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How soon a new job or a cancellation is seen, in seconds. A look costs one SQLite pragma.
+POLL_INTERVAL = 0.2
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """A job that this engine runs from now on."""
+
+    job: FinetuningJob
+    dataset: TokenizedDataset
+
+
+class JobFeeder:
+    """Claims queued jobs, reports cancellations, and writes what the engine has to say.
+
+    Args:
+        root: the finetuning folder.
+        max_jobs: jobs that train at once.
+        wake: called (from the thread) when there is something to take.
+
+    Raises:
+        RuntimeError: another server uses the folder.
+    """
+
+    def __init__(self, root: Path, max_jobs: int, wake: Callable[[], None]) -> None:
+        self._lock = _lock(root)
+        self._store = JobStore(root)
+        self._max_jobs = max_jobs
+        self._wake = wake
+        self._claimed: queue.SimpleQueue[ClaimedJob] = queue.SimpleQueue()
+        self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[str, Callable[[JobStore], object]]] = (
+            queue.SimpleQueue()
+        )
+        self._running: set[str] = set()
+        self._cancelling: set[str] = set()
+        self._stopping = threading.Event()
+        self._look = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="finetuning-jobs", daemon=True)
+        self._thread.start()
+
+    # -- called by the engine ----------------------------------------------------------------
+
+    @property
+    def has_news(self) -> bool:
+        return not (self._claimed.empty() and self._cancelled.empty())
+
+    def take_jobs(self) -> list[ClaimedJob]:
+        return _drain(self._claimed)
+
+    def take_cancellations(self) -> list[str]:
+        return _drain(self._cancelled)
+
+    def write(self, job_id: str, action: Callable[[JobStore], object]) -> None:
+        """Has the thread run ``action(store)``, in order."""
+        self._outbox.put((job_id, action))
+        self._look.set()
+
+    def finish(self, job_id: str, action: Callable[[JobStore], object]) -> None:
+        """Like :meth:`write`, the job's last word: another one may be claimed after it."""
+
+        def last(store: JobStore) -> None:
+            try:
+                action(store)
+            finally:
+                self._running.discard(job_id)
+                self._cancelling.discard(job_id)
+
+        self.write(job_id, last)
+
+    def stop(self) -> None:
+        """Writes what is left and ends the thread."""
+        self._stopping.set()
+        self._look.set()
+        self._thread.join(timeout=10)
+        self._lock.close()
+
+    # -- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            for job_id in self._store.requeue_interrupted():
+                logger.info("finetuning job %s was interrupted, and is queued again", job_id)
+        except Exception:
+            logger.exception("cannot recover interrupted finetuning jobs")
+        version = -1
+        while not self._stopping.is_set():
+            had_room = len(self._running) < self._max_jobs
+            self._write_all()
+            try:
+                current = self._store.data_version()
+                # Our own writes do not change data_version: a job that just ended makes room.
+                made_room = not had_room and len(self._running) < self._max_jobs
+                if current != version or made_room:
+                    version = current
+                    self._claim()
+                    self._find_cancelled()
+            except Exception:
+                logger.exception("cannot read the finetuning job store; trying again")
+            if self.has_news:
+                self._wake()
+            self._look.wait(POLL_INTERVAL)
+            self._look.clear()
+        self._write_all()
+
+    def _write_all(self) -> None:
+        for job_id, action in _drain(self._outbox):
+            try:
+                action(self._store)
+            except Exception:
+                logger.exception("cannot write the state of finetuning job %s", job_id)
+
+    def _claim(self) -> None:
+        while len(self._running) < self._max_jobs:
+            job = self._store.claim_next_job()
+            if job is None:
+                return
+            try:
+                dataset = TokenizedDataset.load(job.folder)
+            except Exception as error:
+                logger.exception("cannot read the data set of finetuning job %s", job.id)
+                self._store.fail(job.id, "dataset_unreadable", f"cannot read its data: {error}")
+                continue
+            self._running.add(job.id)
+            self._claimed.put(ClaimedJob(job, dataset))
+
+    def _find_cancelled(self) -> None:
+        for job_id in self._store.cancel_requested_jobs() & self._running - self._cancelling:
+            self._cancelling.add(job_id)
+            self._cancelled.put(job_id)
+
+
+def _drain(source: "queue.SimpleQueue[T]") -> list[T]:
+    items = []
+    while True:
+        try:
+            items.append(source.get_nowait())
+        except queue.Empty:
+            return items
+
+
+def _lock(root: Path) -> TextIO:
+    """Makes this the only engine that runs jobs of the folder; released when the process ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    handle = (root / "engine.lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise RuntimeError(
+            f"another server is running finetuning jobs in {root}; give this one its own folder "
+            "with --finetuning-dir"
+        ) from None
+    return handle

@@ -1,0 +1,131 @@
+"""Finetuning sequences that share their backward windows."""
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+
+from vllm.v1.request import Request
+
+_ids = itertools.count()
+
+
+@dataclass
+class Sequence:
+    """One example, on its way through the forward.
+
+    Attributes:
+        token_ids: as the model reads them.
+        targets: for each row the token that follows, or -1 where it carries no loss. The rows
+            end with the last that carries loss: what follows has no gradient.
+        done: rows whose forward is complete.
+        request: vLLM's view of the sequence, while it holds KV blocks.
+    """
+
+    token_ids: list[int]
+    targets: tuple[int, ...]
+    done: int = 0
+    request: Request | None = None
+
+    @classmethod
+    def of(cls, token_ids: list[int], loss_mask: list[int]) -> "Sequence":
+        """The rows of an example; ``loss_mask[t]`` says that token ``t`` is to be predicted."""
+        targets = [
+            token if mask else -1 for token, mask in zip(token_ids[1:], loss_mask[1:], strict=True)
+        ]
+        while targets and targets[-1] < 0:
+            targets.pop()
+        return cls(token_ids[: len(targets) + 1], tuple(targets))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(target >= 0 for target in self.targets)
+
+    def num_blocks(self, block_size: int) -> int:
+        """KV blocks that the whole sequence needs."""
+        return -(-self.num_rows // block_size)
+
+
+class PackPhase(enum.Enum):
+    WAITING = enum.auto()
+    FORWARD = enum.auto()
+    BACKWARD = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass
+class Pack:
+    """Sequences of one optimizer batch that run backward as if concatenated.
+
+    Attributes:
+        job_id: the job it belongs to.
+        pack_id: new for every attempt, so that the worker never mixes two of them.
+        slots: activation-cache slots while the pack is open.
+        layer: backward: the layer that is running; ``num_layers`` is the loss head.
+        row: backward: rows ``[0, row)`` of that layer are still to be done.
+        loss: summed loss of its loss-bearing tokens, None until the worker has reported it.
+    """
+
+    job_id: str
+    sequences: list[Sequence]
+    pack_id: int = field(default_factory=lambda: next(_ids))
+    phase: PackPhase = PackPhase.WAITING
+    slots: tuple[int, ...] = ()
+    layer: int = -1
+    row: int = 0
+    loss: float | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(s.num_rows for s in self.sequences)
+
+    def num_blocks(self, block_size: int) -> int:
+        """KV blocks that all its sequences need."""
+        return sum(s.num_blocks(block_size) for s in self.sequences)
+
+    @property
+    def is_open(self) -> bool:
+        """It holds KV blocks and activation-cache slots."""
+        return self.phase in (PackPhase.FORWARD, PackPhase.BACKWARD)
+
+    def begin_backward(self, num_layers: int) -> None:
+        self.phase = PackPhase.BACKWARD
+        self.layer = num_layers
+        self.row = self.num_rows
+
+    def restart(self) -> None:
+        """Back to the start, as a new attempt."""
+        self.pack_id = next(_ids)
+        self.phase = PackPhase.WAITING
+        self.loss = None
+        for sequence in self.sequences:
+            sequence.done = 0
+
+
+def make_packs(
+    job_id: str, sequences: list[Sequence], max_rows: int, max_blocks: int, block_size: int
+) -> list[Pack]:
+    """Splits an optimizer batch, in order, into packs.
+
+    Args:
+        job_id: owner.
+        sequences: of the batch.
+        max_rows: tokens a pack may hold; a longer sequence gets a pack of its own.
+        max_blocks: KV blocks a pack may hold, likewise.
+        block_size: tokens of a KV block.
+    """
+    packs: list[Pack] = []
+    for sequence in sequences:
+        last = packs[-1] if packs else None
+        if (
+            last is not None
+            and last.num_rows + sequence.num_rows <= max_rows
+            and last.num_blocks(block_size) + sequence.num_blocks(block_size) <= max_blocks
+        ):
+            last.sequences.append(sequence)
+        else:
+            packs.append(Pack(job_id, [sequence]))
+    return packs

@@ -1,0 +1,150 @@
+"""vLLM's CPU worker, extended: it runs the finetuning part of each iteration's plan."""
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.models import build_backward
+from flexllm_vllm.patches import cpu_linear_weights, cpu_lora_ops
+from flexllm_vllm.plan import StepPlan, StepResult
+from flexllm_vllm.worker.activation_cache import ActivationCache
+from flexllm_vllm.worker.kv_layout import check_kv_layout
+from flexllm_vllm.worker.lora_slots import TrainingSlots
+from flexllm_vllm.worker.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def with_hidden_rows(vllm_config: VllmConfig, config: FinetuningConfig) -> VllmConfig:
+    """The worker's configuration: the user's, plus rows and LoRA slots for finetuning.
+
+    The scheduler keeps the user's numbers and may fill them all; finetuning rows come on top.
+    """
+    lora = vllm_config.lora_config
+    if lora is None or lora.max_cpu_loras is None:
+        raise ValueError("finetuning needs vLLM's LoRA support, which is off in this configuration")
+    worker_config = copy.copy(vllm_config)
+    worker_config.scheduler_config = replace(
+        vllm_config.scheduler_config,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs + config.max_rows,
+    )
+    worker_config.lora_config = copy.copy(lora)
+    worker_config.lora_config.max_loras = lora.max_loras + config.training_slots
+    worker_config.lora_config.max_cpu_loras = lora.max_cpu_loras + config.training_slots
+    return worker_config
+
+
+class FinetuningWorker(CPUWorker):
+    """Runs a :class:`StepPlan` inside each iteration that carries one."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        config = FinetuningConfig.from_vllm_config(vllm_config)
+        if config is None:
+            raise ValueError("FinetuningWorker needs a finetuning configuration")
+        self._finetuning = config
+        self._trainer: Trainer | None = None
+        self._plan: StepPlan | None = None
+        cpu_linear_weights.apply()
+        cpu_lora_ops.apply()
+        super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        # Refuses an unsupported model now, before the KV cache takes the memory.
+        build_backward(self.model_runner.model, self.model_config.architectures)
+
+    def determine_available_memory(self) -> int:
+        """Leaves room for what training keeps, where vLLM sizes the KV cache by itself."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        model = build_backward(self.model_runner.model, self.model_config.architectures)
+        width = model.num_layers * sum(model.saved.values()) + model.hidden_size
+        return available - width * model.dtype.itemsize * self._finetuning.activation_cache_tokens
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        self._start_trainer()
+        return result
+
+    @torch.inference_mode()
+    def _start_trainer(self) -> None:
+        runner = self.model_runner
+        model = build_backward(runner.model, self.model_config.architectures)
+        check_kv_layout(
+            runner, model.kv_cache(0), model.num_kv_heads, model.head_size, model.dtype
+        )
+        cache = ActivationCache(
+            self._finetuning.activation_cache_tokens,
+            model.num_layers,
+            model.saved,
+            model.hidden_size,
+            model.dtype,
+            self.device,
+        )
+        logger.info(
+            "Finetuning activation cache: %d tokens, %.2f GiB (%.0f KiB a token)",
+            cache.num_slots,
+            cache.num_bytes / 2**30,
+            cache.num_bytes / cache.num_slots / 2**10,
+        )
+        manager = runner.lora_manager._adapter_manager
+        self._trainer = Trainer(model, cache, TrainingSlots(manager, self.lora_dtype))
+        runner.model.register_forward_pre_hook(self._before_forward)
+
+    @property
+    def lora_dtype(self) -> torch.dtype:
+        """dtype of vLLM's LoRA slots."""
+        return self.vllm_config.lora_config.lora_dtype
+
+    def _before_forward(self, *_: Any) -> None:
+        """Maps finetuning rows to the batch, whose order is final now."""
+        if self._trainer is None or self._plan is None or not self._plan.forward:
+            return
+        runner = self.model_runner
+        offsets, first = {}, 0
+        for req_id in runner.input_batch.req_ids:
+            offsets[req_id] = first
+            first += self._num_scheduled_tokens[req_id]
+        self._trainer.begin_forward(
+            self._plan.forward, offsets, lambda row_id: runner.requests[row_id].block_ids[0]
+        )
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any) -> Any:
+        plan = getattr(scheduler_output, "finetuning", None)
+        if plan is None or self._trainer is None:
+            return super().execute_model(scheduler_output)
+        self._plan = plan
+        self._num_scheduled_tokens = scheduler_output.num_scheduled_tokens
+        self._trainer.run(plan)
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            self._trainer.end_forward()
+            self._plan = None
+        if isinstance(output, ModelRunnerOutput):
+            return self._with_result(output)
+        return output
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._with_result(super().sample_tokens(grammar_output))
+
+    def _with_result(self, output: Any) -> Any:
+        if self._trainer is None:
+            return output
+        result = self._trainer.take_result()
+        if result == StepResult():
+            return output
+        # vLLM's empty output is one shared object.
+        output = copy.copy(output)
+        output.finetuning = result
+        return output

@@ -1,0 +1,90 @@
+"""The LoRA products of linear layers that read the same input, forward and backward.
+
+Layers that share their input (q, k and v; gate and up) are one merged linear in vLLM. Their LoRA
+matrices ``A`` are kept concatenated, so that ``x A^T`` and ``dA`` are one GEMM for all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """LoRA matrices of the targets within one merged linear.
+
+    Attributes:
+        a: ``[num_targets * r, in_features]``.
+        b: for each target ``[out_features, r]``.
+        columns: for each target its ``(start, end)`` in the merged output.
+        scaling: factor of ``B A``.
+    """
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    columns: tuple[tuple[int, int], ...]
+    scaling: float
+
+    @property
+    def r(self) -> int:
+        return self.b[0].shape[1]
+
+
+def lora_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    group: LoraGroup,
+    columns: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """Adds ``scaling * x A^T B^T`` to the merged output ``y``, in place.
+
+    Args:
+        y: ``[num_tokens, out_features]``, the first columns of the merged output.
+        x: ``[num_tokens, in_features]``.
+        group: matrices in float32 or the dtype of ``x``.
+        columns: of the targets to add, a subset of ``group.columns``; all by default.
+
+    Returns:
+        ``y``.
+    """
+    r = group.r
+    for i, (b, (start, end)) in enumerate(zip(group.b, group.columns, strict=True)):
+        if columns is not None and (start, end) not in columns:
+            continue
+        u = x @ group.a[i * r : (i + 1) * r].to(x.dtype).t()
+        y[:, start:end].addmm_(u, b.to(x.dtype).t(), alpha=group.scaling)
+    return y
+
+
+def lora_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    group: LoraGroup,
+    grad: LoraGroup,
+    dx: torch.Tensor | None,
+) -> None:
+    """Accumulates ``dA``, ``dB`` and adds the adapter's share to ``dx``.
+
+    With ``u = x A^T`` and ``g_i = scaling * dy_i B_i``: ``dB_i += scaling * dy_i^T u_i``,
+    ``dA += g^T x``, ``dx += g A``.
+
+    Args:
+        dy: ``[num_tokens, out_features]``, gradient of the merged output.
+        x: ``[num_tokens, in_features]``, input of the linear.
+        group: the matrices.
+        grad: float32 accumulators shaped like ``group``, updated in place.
+        dx: ``[num_tokens, in_features]``, updated in place; None where nobody needs it.
+    """
+    r = group.r
+    a = group.a.to(x.dtype)
+    u = x @ a.t()
+    g = torch.empty_like(u)
+    for i, (b, (start, end)) in enumerate(zip(group.b, group.columns, strict=True)):
+        dy_i = dy[:, start:end]
+        torch.mm(dy_i, b.to(x.dtype), out=g[:, i * r : (i + 1) * r])
+        grad.b[i].add_(dy_i.t() @ u[:, i * r : (i + 1) * r], alpha=group.scaling)
+    g *= group.scaling
+    grad.a.add_(g.t() @ x)
+    if dx is not None:
+        dx.addmm_(g, a)

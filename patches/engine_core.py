@@ -1,0 +1,36 @@
+"""Introduces the scheduler to the engine core that runs it.
+
+The finetuning scheduler must know when the engine is shutting down (finetuning is no work to wait
+for then), must wake it when a job arrives while it sleeps, and has a record of its iterations that
+the API asks for. Why a patch: a scheduler is given no reference to its engine, and the engine
+answers only to its own methods.
+Fits vLLM 0.32 (``vllm/v1/engine/core.py``). Applied when the scheduler is imported, so only in
+engines that finetune; raises there if the loop is gone.
+"""
+
+import functools
+from typing import Any
+
+from flexllm_vllm.patches import require
+
+
+def apply() -> None:
+    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations``; once."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    run = require(EngineCoreProc, "run_busy_loop")
+    if getattr(run, "_finetuning", False):
+        return
+
+    @functools.wraps(run)
+    def run_attached(self: Any) -> None:
+        if hasattr(self.scheduler, "attach_engine"):
+            self.scheduler.attach_engine(self)
+        run(self)
+
+    def finetuning_iterations(self: Any, last: int) -> list[dict[str, Any]]:
+        return self.scheduler.finetuning_iterations(last)
+
+    run_attached._finetuning = True  # type: ignore[attr-defined]
+    EngineCoreProc.run_busy_loop = run_attached
+    EngineCoreProc.finetuning_iterations = finetuning_iterations
