@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -38,6 +39,12 @@ def _method_type(value: Any) -> Any:
     return value
 
 
+def _safe_suffix(value: str | None) -> str | None:
+    if value:
+        check_suffix(value)
+    return value or None
+
+
 def _no_integrations(value: Any) -> Any:
     if value:
         raise ValueError("integrations are not supported yet")
@@ -52,6 +59,7 @@ def _no_validation_file(value: Any) -> Any:
 
 AutoInt = Annotated[int | Literal["auto"] | None, PlainValidator(_auto_int)]
 AutoFloat = Annotated[float | Literal["auto"] | None, PlainValidator(_auto_float)]
+Suffix = Annotated[str | None, AfterValidator(_safe_suffix)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -130,18 +138,11 @@ class JobCreateRequest(_Request):
     training_file: str
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    suffix: str | None = None
+    suffix: Suffix = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: dict[str, str] | None = None
     validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None
     integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
-
-    @field_validator("suffix")
-    @classmethod
-    def _safe_suffix(cls, value: str | None) -> str | None:
-        if value:
-            check_suffix(value)
-        return value or None
 
     @field_validator("metadata")
     @classmethod
@@ -163,5 +164,5 @@ class LegacyJobCreateRequest(_Request):
     n_epochs: AutoInt = None
     batch_size: AutoInt = None
     learning_rate_multiplier: AutoFloat = None
-    suffix: str | None = None
+    suffix: Suffix = None
     validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None

@@ -1,13 +1,12 @@
 """The engine's link to the job store: a thread, so that no disk access delays an iteration."""
 
-import fcntl
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from flexllm_vllm.data.dataset import TokenizedDataset
 from flexllm_vllm.jobs.store import JobStore
@@ -35,16 +34,16 @@ class JobFeeder:
     Args:
         root: the finetuning folder.
         max_jobs: jobs that train at once.
+        models: names of the base model; jobs for others are left to other servers.
         wake: called (from the thread) when there is something to take.
-
-    Raises:
-        RuntimeError: another server uses the folder.
     """
 
-    def __init__(self, root: Path, max_jobs: int, wake: Callable[[], None]) -> None:
-        self._lock = _lock(root)
+    def __init__(
+        self, root: Path, max_jobs: int, models: Collection[str], wake: Callable[[], None]
+    ) -> None:
         self._store = JobStore(root)
         self._max_jobs = max_jobs
+        self._models = models
         self._wake = wake
         self._claimed: queue.SimpleQueue[ClaimedJob] = queue.SimpleQueue()
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -92,7 +91,7 @@ class JobFeeder:
         self._stopping.set()
         self._look.set()
         self._thread.join(timeout=10)
-        self._lock.close()
+        self._store.close()
 
     # -- the thread --------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class JobFeeder:
 
     def _claim(self) -> None:
         while len(self._running) < self._max_jobs:
-            job = self._store.claim_next_job()
+            job = self._store.claim_next_job(self._models)
             if job is None:
                 return
             try:
@@ -156,18 +155,3 @@ def _drain(source: "queue.SimpleQueue[T]") -> list[T]:
             items.append(source.get_nowait())
         except queue.Empty:
             return items
-
-
-def _lock(root: Path) -> TextIO:
-    """Makes this the only engine that runs jobs of the folder; released when the process ends."""
-    root.mkdir(parents=True, exist_ok=True)
-    handle = (root / "engine.lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise RuntimeError(
-            f"another server is running finetuning jobs in {root}; give this one its own folder "
-            "with --finetuning-dir"
-        ) from None
-    return handle

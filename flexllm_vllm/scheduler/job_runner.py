@@ -12,9 +12,16 @@ logger = logging.getLogger(__name__)
 
 
 class JobRunner:
-    """Moves jobs between the store and the planner."""
+    """Moves jobs between the store and the planner.
 
-    def __init__(self, planner: Planner, feeder: JobFeeder) -> None:
+    Args:
+        planner: plans the work of running jobs.
+        feeder: the link to the store.
+        base_model: path or hub name of the model, recorded in the adapters.
+    """
+
+    def __init__(self, planner: Planner, feeder: JobFeeder, base_model: str) -> None:
+        self._base_model = base_model
         self._planner = planner
         self._feeder = feeder
 
@@ -36,7 +43,9 @@ class JobRunner:
                 self._feeder.finish(job_id, lambda store, job_id=job_id: store.cancelled(job_id))
 
     def _start(self, claimed: ClaimedJob) -> None:
-        loop = TrainingLoop(claimed.job, claimed.dataset, self._planner.make_packs)
+        loop = TrainingLoop(
+            claimed.job, claimed.dataset, self._planner.make_packs, self._base_model
+        )
         self._planner.check(loop)
         self._planner.add(loop)
         logger.info(

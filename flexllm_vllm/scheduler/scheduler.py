@@ -45,8 +45,15 @@ class FinetuningScheduler(Scheduler):
         self._iteration_began = (time.time(), time.perf_counter())
         self._engine_runs: Callable[[], bool] = lambda: True
         self._wake_engine: Callable[[], None] = lambda: None
-        self._feeder = JobFeeder(config.dir, config.max_jobs, lambda: self._wake_engine())
-        self._jobs = JobRunner(self._planner, self._feeder)
+        model_config = self.vllm_config.model_config
+        names = model_config.served_model_name or model_config.model
+        self._feeder = JobFeeder(
+            config.dir,
+            config.max_jobs,
+            [names] if isinstance(names, str) else names,
+            lambda: self._wake_engine(),
+        )
+        self._jobs = JobRunner(self._planner, self._feeder, model_config.model)
         self._give_way_to_inference()
 
     def attach_engine(self, engine: Any) -> None:

@@ -46,11 +46,13 @@ class TrainingLoop:
         job: the claimed job.
         dataset: its tokenised examples.
         make_packs: splits a batch into packs.
+        base_model: path or hub name of the model, recorded in the adapter.
     """
 
     job: FinetuningJob
     dataset: TokenizedDataset
     make_packs: Callable[[str, list[Sequence]], list[Pack]]
+    base_model: str
     started: bool = False
     ready: bool = False
     saving: bool = False
@@ -94,7 +96,7 @@ class TrainingLoop:
     def save(self) -> SaveAdapter:
         """The order to write the finished adapter into the job's folder."""
         self.saving = True
-        return SaveAdapter(self.job.id, str(self.job.folder / "adapter"), self.job.model)
+        return SaveAdapter(self.job.id, str(self.job.adapter_path), self.base_model)
 
     def open_batch(self) -> Batch | None:
         """The current optimizer batch, the next one if none is open, None after the last."""

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +30,8 @@ def with_hidden_rows(vllm_config: VllmConfig, config: FinetuningConfig) -> VllmC
     if lora is None or lora.max_cpu_loras is None:
         raise ValueError("finetuning needs vLLM's LoRA support, which is off in this configuration")
     worker_config = copy.copy(vllm_config)
-    worker_config.scheduler_config = replace(
-        vllm_config.scheduler_config,
-        max_num_seqs=vllm_config.scheduler_config.max_num_seqs + config.max_rows,
-    )
+    worker_config.scheduler_config = copy.copy(vllm_config.scheduler_config)
+    worker_config.scheduler_config.max_num_seqs += config.max_rows
     worker_config.lora_config = copy.copy(lora)
     worker_config.lora_config.max_loras = lora.max_loras + config.training_slots
     worker_config.lora_config.max_cpu_loras = lora.max_cpu_loras + config.training_slots

@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 
 from flexllm_vllm.data.order import batches, num_steps
@@ -6,7 +8,7 @@ from flexllm_vllm.data.order import batches, num_steps
 def test_every_epoch_visits_each_example_once_in_its_own_order() -> None:
     steps = list(batches(10, 4, n_epochs=2, seed=3))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    first, second = list(chain(*steps[:3])), list(chain(*steps[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 

@@ -1,0 +1,131 @@
+"""A real HTTP server with our routes and a real store; tests drive it with the stock client.
+
+The engine is the only part that is missing: tests call the store's engine methods in its place.
+"""
+
+import importlib.util
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from flexllm_vllm.api.plugin import attach_routes
+from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.data import ExampleTokenizer
+from flexllm_vllm.jobs import JobStore
+
+
+def _toy_tokenizer() -> Any:
+    """The tokenizer of tests/data, which pytest may not have on its path."""
+    path = Path(__file__).parents[1] / "data" / "toy_tokenizer.py"
+    spec = importlib.util.spec_from_file_location("toy_tokenizer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.toy_tokenizer()
+
+
+@dataclass
+class Server:
+    """A running server and what stands behind it."""
+
+    url: str
+    app: FastAPI
+    service: FinetuningService
+    store: JobStore
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+async def _iterations(last: int) -> list[dict[str, Any]]:
+    return [{"decode_tokens": i, "finetuning_forward_tokens": 32} for i in range(last)]
+
+
+def _run_server(app: FastAPI) -> tuple[uvicorn.Server, threading.Thread, str]:
+    """Serve an application on a free local port."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    return server, thread, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[FastAPI], str]]:
+    """Serve applications until the test ends; returns an application's address."""
+    started = []
+
+    def serve(app: FastAPI) -> str:
+        running, thread, url = _run_server(app)
+        started.append((running, thread))
+        return url
+
+    yield serve
+    for running, thread in started:
+        running.should_exit = True
+        thread.join(timeout=10)
+
+
+@pytest.fixture
+def toy_tokenizer() -> Any:
+    """A real fast tokenizer with a chat template."""
+    return _toy_tokenizer()
+
+
+@pytest.fixture
+def server(tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any) -> Iterator[Server]:
+    app = FastAPI()
+    attach_routes(app)
+    store = JobStore(tmp_path / "store")
+
+    def find_adapter(name: str) -> str | None:
+        adapter = store.served_adapter(name)
+        return adapter.path if adapter else None
+
+    service = FinetuningService(
+        store=store,
+        load_tokenizer=lambda: ExampleTokenizer(toy_tokenizer),
+        base_models=("demo", "alias"),
+        max_lora_rank=32,
+        max_seq_length=256,
+        fetch_iterations=_iterations,
+        find_adapter=find_adapter,
+    )
+    app.state.finetuning = service
+    yield Server(serve(app), app, service, store)
+    store.close()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def upload(client: openai.OpenAI) -> Callable[..., str]:
+    """Upload examples, two short ones by default; returns the file's id."""
+
+    def upload(*lines: Any) -> str:
+        rows = lines or [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in (("Hi", "Hello"), ("Bye", "See you"))
+        ]
+        content = "\n".join(json.dumps(row) for row in rows).encode()
+        return client.files.create(file=("data.jsonl", content), purpose="fine-tune").id
+
+    return upload

@@ -1,0 +1,104 @@
+"""The real engine, driven without HTTP: jobs go through the store, gradients are read back.
+
+The functions below named ``on_worker`` run inside the worker process (vLLM's ``collective_rpc``).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.data.dataset import DatasetBuilder
+from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.types import FinetuningJob, LoraSpec, NewJob, TrainingSpec
+
+
+def engine_options(folder: Path, **flags: Any) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` that ``--enable-finetuning`` amounts to."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from flexllm_vllm.cli import apply_to_engine_args
+
+    args = EngineArgs(model="unused")
+    apply_to_engine_args(args, FinetuningConfig(dir=folder, **flags))
+    names = ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "scheduler_cls",
+             "worker_cls", "async_scheduling", "additional_config")  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
+def submit(
+    store: JobStore,
+    model: str,
+    examples: list[tuple[list[int], list[int]]],
+    lora: LoraSpec,
+    training: TrainingSpec,
+    init_adapter_path: str | None = None,
+) -> FinetuningJob:
+    """Queues a job on ``(token_ids, loss_mask)`` examples, as the API would."""
+    job_id, folder = store.new_job()
+    builder = DatasetBuilder()
+    for token_ids, loss_mask in examples:
+        builder.add(token_ids, loss_mask)
+    builder.build().save(folder)
+    source = folder / "examples.jsonl"
+    source.write_text('{"prompt": "a", "completion": "b"}\n')
+    with source.open("rb") as stream:
+        file = store.files.create("examples.jsonl", "fine-tune", stream)
+    return store.create_job(
+        NewJob(
+            id=job_id,
+            model=model,
+            adapter_name=f"ft:{job_id}",
+            training_file=file.id,
+            lora=lora,
+            training=training,
+            total_steps=0,
+            hyperparameters={},
+            init_adapter_path=init_adapter_path,
+        )
+    )
+
+
+def wait(store: JobStore, job_id: str, timeout: float = 300) -> FinetuningJob:
+    """Waits until the job has ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        job = store.get_job(job_id)
+        if job.status.finished:
+            return job
+        time.sleep(0.1)
+    raise TimeoutError(f"{job_id} did not end within {timeout} s: {store.get_job(job_id)}")
+
+
+def step_metrics(store: JobStore, job_id: str) -> list[dict[str, Any]]:
+    """Metrics of each optimizer step, in order."""
+    events, more = store.list_events(job_id, limit=10_000)
+    assert not more
+    return sorted(
+        (e.data for e in events if e.type == "metrics" and e.data), key=lambda d: d["step"]
+    )
+
+
+def on_worker_record_gradients(worker: Any) -> None:
+    """Keeps a copy of the gradients of every optimizer step from now on."""
+    from flexllm_vllm.worker.adapter import TrainableAdapter
+
+    worker.recorded_gradients = []
+    if not hasattr(TrainableAdapter, "step_unrecorded"):
+        TrainableAdapter.step_unrecorded = TrainableAdapter.step
+
+    def step(self: Any, learning_rate: float, max_grad_norm: float) -> float:
+        worker.recorded_gradients.append(
+            {path: (a.clone(), b.clone()) for path, (a, b) in self.gradients().items()}
+        )
+        return self.step_unrecorded(learning_rate, max_grad_norm)
+
+    TrainableAdapter.step = step
+
+
+def on_worker_gradients(worker: Any) -> list[dict[str, Any]]:
+    """What was recorded: for each step, path -> (dA, dB) as nested lists of floats."""
+    return [
+        {path: (a.numpy(), b.numpy()) for path, (a, b) in step.items()}
+        for step in worker.recorded_gradients
+    ]

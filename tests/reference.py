@@ -1,0 +1,51 @@
+"""What we compare with: HF transformers and PEFT, autograd, torch's AdamW."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+Example = tuple[list[int], list[int]]
+
+
+def load_peft(model: str | Path, adapter: str | Path) -> PeftModel:
+    """The base model in float32 with a trainable adapter."""
+    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+
+
+def loss_sum(model: PeftModel, example: Example) -> torch.Tensor:
+    """Summed cross-entropy of the loss-bearing tokens, as transformers shifts them."""
+    token_ids, loss_mask = example
+    logits = model(torch.tensor([token_ids])).logits[0, :-1].float()
+    labels = torch.tensor(
+        [t if m else -100 for t, m in zip(token_ids[1:], loss_mask[1:], strict=True)]
+    )
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+
+def accumulate(model: PeftModel, batch: list[Example]) -> float:
+    """Backward of the batch's mean loss; returns the loss."""
+    denominator = sum(sum(mask[1:]) for _, mask in batch)
+    total = 0.0
+    for example in batch:
+        loss = loss_sum(model, example) / denominator
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def lora_tensors(model: PeftModel, what: str) -> dict[str, torch.Tensor]:
+    """``"<module path>.A"``/``".B"`` -> the weights (``what="data"``) or their gradients."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            path, letter = name.removeprefix("base_model.model.").split(".lora_")
+            found[f"{path}.{letter[0]}"] = getattr(parameter, what).clone()
+    return found
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``."""
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
