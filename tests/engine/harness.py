@@ -43,7 +43,7 @@ def submit(
     source = folder / "examples.jsonl"
     source.write_text('{"prompt": "a", "completion": "b"}\n')
     with source.open("rb") as stream:
-        file = store.files.create("examples.jsonl", "fine-tune", stream)
+        file = store.files.create(stream, "examples.jsonl", "fine-tune")
     return store.create_job(
         NewJob(
             id=job_id,
@@ -96,9 +96,8 @@ def on_worker_record_gradients(worker: Any) -> None:
     TrainableAdapter.step = step
 
 
-def on_worker_gradients(worker: Any) -> list[dict[str, Any]]:
-    """What was recorded: for each step, path -> (dA, dB) as nested lists of floats."""
-    return [
-        {path: (a.numpy(), b.numpy()) for path, (a, b) in step.items()}
-        for step in worker.recorded_gradients
-    ]
+def on_worker_save_gradients(worker: Any, path: str) -> None:
+    """Writes what was recorded: a list of steps, each path -> (dA, dB), for ``torch.load``."""
+    import torch
+
+    torch.save(worker.recorded_gradients, path)
