@@ -2,15 +2,15 @@
 
 import argparse
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
 from flexllm_vllm.config import KEY, FinetuningConfig, default_dir
 from flexllm_vllm.cpu_defaults import apply_cpu_defaults, default_dtype
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.release import check_vllm_release
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SCHEDULER = "flexllm_vllm.scheduler.FinetuningScheduler"
 WORKER = "flexllm_vllm.worker.FinetuningWorker"

@@ -4,14 +4,15 @@ They are set through the environment because vLLM reads them there, when it star
 process; what the user has set is left alone.
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from flexllm_vllm.log import get_logger
+
+logger = get_logger(__name__)
 
 # vLLM's automatic binding keeps a core for the API process. Of two cores that is half the machine:
 # a decode step takes 93 ms then, and 43 ms with both. Of many it does not matter.

@@ -4,7 +4,6 @@ vLLM installs its exception handlers on the whole application, in a form of its 
 :class:`OpenAIRoute` turn every exception into a response themselves and leave the others alone.
 """
 
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,8 +21,9 @@ from flexllm_vllm.jobs.errors import (
     JobNotFoundError,
     JobStateError,
 )
+from flexllm_vllm.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ApiError(Exception):

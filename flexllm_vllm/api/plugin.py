@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import logging
 from argparse import Namespace
 from typing import Any
 
@@ -18,8 +17,9 @@ from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
 from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def attach_routes(app: FastAPI) -> None:

@@ -1,6 +1,5 @@
 """What the routes do, without HTTP: the rules of the service over store and tokenizer."""
 
-import logging
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ from flexllm_vllm.jobs.types import (
     NewJob,
     StoredFile,
 )
+from flexllm_vllm.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FetchIterations = Callable[[int], Awaitable[list[dict[str, Any]]]]
 

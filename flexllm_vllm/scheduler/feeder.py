@@ -1,6 +1,5 @@
 """The engine's link to the job store: a thread, so that no disk access delays an iteration."""
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Collection
@@ -11,8 +10,9 @@ from typing import TypeVar
 from flexllm_vllm.data.dataset import TokenizedDataset
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import FinetuningJob
+from flexllm_vllm.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 

@@ -1,14 +1,14 @@
 """Jobs in the engine: takes them from the store, applies what came of their work, ends them."""
 
-import logging
 
 from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.plan import JobFailure, StepPlan, StepResult
 from flexllm_vllm.scheduler.feeder import ClaimedJob, JobFeeder
 from flexllm_vllm.scheduler.planner import Planner
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class JobRunner:

@@ -1,17 +1,17 @@
 """Fills an iteration with finetuning work: backward windows, optimizer steps, forward windows."""
 
-import logging
 from dataclasses import dataclass
 
 from vllm.lora.request import LoRARequest
 
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.plan import BackwardWindow, OpenPack, PackedSequence, StepPlan
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
 from flexllm_vllm.scheduler.slots import SlotPool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Smaller windows than this leave the GEMMs bound by reading the weights: on 2 cores 16 tokens run
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
@@ -41,9 +41,15 @@ class Planner:
         shape: of the model.
         rows: KV blocks and batch rows.
         cache_slots: tokens the worker's activation cache holds.
+
+    Attributes:
+        min_window: a smaller backward window is not cut, even where the budget ends before.
+        max_window: a larger forward or backward window is not planned; None for no bound.
     """
 
     def __init__(self, shape: ModelShape, rows: HiddenRows, cache_slots: int) -> None:
+        self.min_window = MIN_WINDOW
+        self.max_window: int | None = None
         self.shape = shape
         self._rows = rows
         self._slots = SlotPool(cache_slots)
@@ -175,7 +181,7 @@ class Planner:
                 while pack.phase is PackPhase.BACKWARD and used < units:
                     head = pack.layer == self.shape.num_layers
                     cost = self.shape.loss_head_layers if head else 1.0
-                    size = min(pack.row, max(int((units - used) / cost), MIN_WINDOW))
+                    size = self._window(pack.row, int((units - used) / cost), self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
@@ -184,6 +190,11 @@ class Planner:
                 if pack.phase is PackPhase.BACKWARD:
                     break
         return int(used)
+
+    def _window(self, remaining: int, wanted: int, least: int) -> int:
+        """Size of a window that begins with ``remaining`` tokens to go."""
+        size = min(remaining, max(wanted, least))
+        return size if self.max_window is None else min(size, self.max_window)
 
     def _advance(self, pack: Pack, num_rows: int) -> None:
         pack.row -= num_rows
@@ -245,7 +256,7 @@ class Planner:
         """Plans the next forward windows of a pack; returns their tokens."""
         used = 0
         for sequence in pack.sequences:
-            size = min(sequence.num_rows - sequence.done, num_tokens - used)
+            size = self._window(sequence.num_rows - sequence.done, num_tokens - used, 0)
             if size <= 0 or self._rows.num_rows >= self._rows.max_rows:
                 continue
             if not self._rows.extend(sequence, size):

@@ -1,6 +1,5 @@
 """vLLM's scheduler, extended: what inference leaves of an iteration is filled with finetuning."""
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
 from flexllm_vllm.scheduler.budget import TokenBudget
 from flexllm_vllm.scheduler.feeder import JobFeeder
@@ -18,7 +18,7 @@ from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, count_inf
 from flexllm_vllm.scheduler.job_runner import JobRunner
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 engine_core.apply()
 

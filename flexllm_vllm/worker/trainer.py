@@ -1,12 +1,12 @@
 """Executes the finetuning work of an iteration in the worker process."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.models.base import ModelBackward
 from flexllm_vllm.plan import BackwardWindow, ForwardWindow, JobFailure, StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import ActivationCache
@@ -15,7 +15,7 @@ from flexllm_vllm.worker.adapter_files import save_adapter
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.packs import PackState
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Trainer:

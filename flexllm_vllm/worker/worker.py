@@ -1,7 +1,6 @@
 """vLLM's CPU worker, extended: it runs the finetuning part of each iteration's plan."""
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
 from flexllm_vllm.patches import cpu_linear_weights, cpu_lora_ops
 from flexllm_vllm.plan import StepPlan, StepResult
@@ -18,7 +18,7 @@ from flexllm_vllm.worker.kv_layout import check_kv_layout
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.trainer import Trainer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def with_hidden_rows(vllm_config: VllmConfig, config: FinetuningConfig) -> VllmConfig:

@@ -32,7 +32,8 @@ def submit(
     examples: list[tuple[list[int], list[int]]],
     lora: LoraSpec,
     training: TrainingSpec,
-    init_adapter_path: str | None = None,
+    init_adapter_path: str | Path | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> FinetuningJob:
     """Queues a job on ``(token_ids, loss_mask)`` examples, as the API would."""
     job_id, folder = store.new_job()
@@ -54,7 +55,8 @@ def submit(
             training=training,
             total_steps=0,
             hyperparameters={},
-            init_adapter_path=init_adapter_path,
+            init_adapter_path=str(init_adapter_path) if init_adapter_path else None,
+            metadata=metadata,
         )
     )
 

@@ -1,0 +1,174 @@
+"""Gradients and training through the real engine, against PEFT autograd.
+
+The reference runs in float64: on CPU float32 autograd itself is up to 3e-4 away from it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import reference
+import torch
+from models import ALL_TARGETS, random_adapter, random_examples, random_llama
+from safetensors.torch import load_file
+from vllm import LLM
+
+from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
+
+LLAMAS = {
+    "gqa-tied": dict(heads=6, kv_heads=2, head_dim=32, inner=320, tied=True),
+    "mha-untied": dict(heads=4, kv_heads=4, head_dim=32, inner=224, tied=False),
+    "mqa-untied": dict(heads=4, kv_heads=1, head_dim=64, inner=512, tied=False),
+}
+
+
+class Engine:
+    """An engine with a store, for one model."""
+
+    def __init__(self, model: Path, folder: Path, **options: Any) -> None:
+        self.model = model
+        self.folder = folder
+        self.store = JobStore(folder / "store")
+        flags = {"scheduler_cls": "window_scheduler.WindowScheduler"}
+        self.llm = LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=4,
+            served_model_name="base",
+            kv_cache_memory_bytes=1 << 28,
+            seed=0,
+            **{**harness.engine_options(folder / "store", **options), **flags},
+        )
+        self.llm.collective_rpc(harness.on_worker_record_gradients)
+
+    def train(self, examples: Any, lora: LoraSpec, init: Path | None = None,
+              metadata: dict[str, str] | None = None, **training: Any) -> Any:  # fmt: skip
+        spec = TrainingSpec(**{"max_seq_length": 512, "seed": 0, "shuffle": False, **training})
+        job = harness.submit(self.store, "base", examples, lora, spec, init, metadata)
+        job = harness.wait(self.store, job.id)
+        assert job.status is JobStatus.SUCCEEDED, job.error
+        return job
+
+    def gradients(self) -> list[dict[str, torch.Tensor]]:
+        """Of each step since the last call, by ``"<path>.A"`` and ``"<path>.B"``."""
+        path = self.folder / "gradients.pt"
+        self.llm.collective_rpc(harness.on_worker_save_gradients, args=(str(path),))
+        self.llm.collective_rpc(harness.on_worker_record_gradients)
+        return [
+            {f"{name}.{letter}": pair[i] for name, pair in step.items() for i, letter in
+             enumerate("AB")}
+            for step in torch.load(path)
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        self.store.close()
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float):
+    assert got.keys() == expected.keys()
+    errors = {k: reference.relative_error(got[k].double(), expected[k]) for k in expected}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < bound, f"{worst}: {errors[worst]:.2e}"
+
+
+@pytest.fixture(scope="module", params=LLAMAS)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp(request.param)
+    engine = Engine(random_llama(folder / "model", **LLAMAS[request.param]), folder)
+    yield engine
+    engine.close()
+
+
+def reference_gradients(engine: Engine, adapter: Path, examples: Any) -> dict[str, torch.Tensor]:
+    model = reference.load_peft(engine.model, adapter).double()
+    reference.accumulate(model, examples)
+    return reference.lora_tensors(model, "grad")
+
+
+def test_gradients_equal_peft_autograd_whatever_the_windows(engine: Engine) -> None:
+    init = random_adapter(engine.model, engine.folder / "all")
+    examples = random_examples([150, 9, 70])
+    expected = reference_gradients(engine, init, examples)
+    lora = LoraSpec(r=8, lora_alpha=16)
+    for window in (1, 7, 64, None):
+        metadata = {"window": str(window)} if window else None
+        engine.train(examples, lora, init, metadata, batch_size=3, n_epochs=1, max_grad_norm=0.0)
+        (got,) = engine.gradients()
+        assert_equal(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj")])
+def test_gradients_of_a_subset_of_targets(engine: Engine, targets: tuple[str, ...]) -> None:
+    init = random_adapter(engine.model, engine.folder / "-".join(targets), 4, targets)
+    examples = random_examples([40, 33], seed=1)
+    expected = reference_gradients(engine, init, examples)
+    lora = LoraSpec(r=4, lora_alpha=8, target_modules=targets)
+    engine.train(examples, lora, init, batch_size=2, n_epochs=1, max_grad_norm=0.0)
+    (got,) = engine.gradients()
+    assert_equal(got, expected, 1e-4)
+
+
+def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:
+    lora = LoraSpec(r=8, lora_alpha=16)
+    job = engine.train(random_examples([20]), lora, batch_size=1, n_epochs=1, learning_rate=0.0)
+    engine.gradients()
+    tensors = load_file(job.adapter_path / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            bound = tensor.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5): 1 / sqrt(in)
+            assert 0.9 * bound < tensor.abs().max() <= bound
+        else:
+            assert not tensor.any()
+
+
+def test_twenty_steps_follow_peft(demo_model: Path, tmp_path: Path) -> None:
+    engine = Engine(demo_model, tmp_path)
+    try:
+        init = random_adapter(demo_model, tmp_path / "init", r=4)
+        examples = random_examples([24, 40, 31, 18, 52, 27], seed=3, vocab=40_000)
+        job = engine.train(
+            examples,
+            LoraSpec(r=4, lora_alpha=8, target_modules=ALL_TARGETS),
+            init,
+            batch_size=3,
+            max_steps=20,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_ratio=0.1,
+            max_grad_norm=1.0,
+            weight_decay=0.01,
+        )
+        steps = harness.step_metrics(engine.store, job.id)
+        first = engine.gradients()[0]
+    finally:
+        engine.close()
+    model = reference.load_peft(demo_model, init).double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    from transformers import get_scheduler
+
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=20)
+    assert [s["step"] for s in steps] == list(range(1, 21))
+    for index, step in enumerate(steps):
+        start = 3 * (index % 2)
+        loss = reference.accumulate(model, examples[start : start + 3])
+        if index == 0:
+            # The engine multiplies the gradients by the clipping factor after they are recorded.
+            assert_equal(first, reference.lora_tensors(model, "grad"), 1e-4)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        assert step["train_loss"] == pytest.approx(loss, rel=1e-3)
+        assert step["grad_norm"] == pytest.approx(float(norm), rel=1e-2)
+        assert step["learning_rate"] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    tensors = load_file(job.adapter_path / "adapter_model.safetensors")
+    final = {
+        f"{key[:-2]}.{key[-1]}": tensors[f"base_model.model.{key[:-2]}.lora_{key[-1]}.weight"]
+        for key in reference.lora_tensors(model, "data")
+    }
+    assert_equal(final, reference.lora_tensors(model, "data"), 1e-3)
