@@ -1,0 +1,81 @@
+"""A KV cache too small for everyone: requests fare as they would without a job."""
+
+import time
+from pathlib import Path
+
+import harness
+import pytest
+from models import random_examples, random_llama
+from vllm import LLM, SamplingParams
+
+from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("pressure")
+    model = random_llama(
+        folder / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2
+    )
+    llm = LLM(
+        str(model), dtype="float32", max_model_len=512, max_num_seqs=6, served_model_name="base",
+        num_gpu_blocks_override=14, kv_cache_memory_bytes=1 << 28, disable_log_stats=False,
+        **harness.engine_options(folder / "store"),
+    )  # fmt: skip
+    llm.folder = folder
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+def preemptions(llm: LLM) -> int:
+    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def burst(llm: LLM, seed: int) -> tuple[list[list[int]], int]:
+    """Requests that need twice the KV cache: their tokens, and how many were preempted."""
+    prompts = [{"prompt_token_ids": ids} for ids, _ in random_examples([200] * 6, seed)]
+    before = preemptions(llm)
+    outputs = llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=150, ignore_eos=True), use_tqdm=False
+    )
+    return [list(o.outputs[0].token_ids) for o in outputs], preemptions(llm) - before
+
+
+def test_requests_are_preempted_no_more_often_and_the_job_survives(llm: LLM) -> None:
+    tokens, count = burst(llm, seed=5)
+    assert count > 0
+    llm.reset_prefix_cache()
+    store = JobStore(llm.folder / "store")
+    training = TrainingSpec(batch_size=2, max_seq_length=512, seed=0, n_epochs=60)
+    examples = random_examples([300, 140, 260, 90], seed=2)
+    job = harness.submit(store, "base", examples, LoraSpec(r=4, lora_alpha=8), training)
+    while store.get_job(job.id).step < 2:
+        time.sleep(0.05)
+    beside, count_beside = burst(llm, seed=5)
+    assert store.get_job(job.id).status is JobStatus.RUNNING
+    assert beside == tokens
+    assert count_beside == count
+    step = store.get_job(job.id).step
+    while store.get_job(job.id).step < step + 2:  # it goes on where it was
+        time.sleep(0.05)
+    store.request_cancel(job.id)
+    assert harness.wait(store, job.id).status is JobStatus.CANCELLED
+
+
+def test_a_dropped_sequence_is_redone_without_changing_the_result(llm: LLM) -> None:
+    store = JobStore(llm.folder / "store")
+    training = TrainingSpec(
+        batch_size=4, max_seq_length=512, seed=0, max_steps=12, learning_rate=1e-3, shuffle=False
+    )
+    examples = random_examples([300, 140, 260, 90], seed=2)
+    lora = LoraSpec(r=4, lora_alpha=8)
+
+    def losses(disturb: bool) -> list[float]:
+        job = harness.submit(store, "base", examples, lora, training)
+        while disturb and not store.get_job(job.id).status.finished:
+            burst(llm, seed=7)
+        assert harness.wait(store, job.id).status is JobStatus.SUCCEEDED
+        return [s["train_loss"] for s in harness.step_metrics(store, job.id)]
+
+    assert losses(disturb=True) == pytest.approx(losses(disturb=False), rel=1e-4)

@@ -1,0 +1,235 @@
+"""One server with finetuning, used as its users use it."""
+
+import concurrent.futures
+import json
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from prompts import PROMPTS, shouting
+from server import NAME, Server, generate, start_job, train_file, wait_for, wait_for_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+KEY = "sk-test"
+MAX_SEQS = 8
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("serving")
+    server = Server(
+        demo_model, folder / "log", "--enable-finetuning", "--finetuning-dir",
+        str(folder / "finetuning"), "--api-key", KEY, "--max-num-seqs", str(MAX_SEQS),
+        "--finetuning-max-lora-rank", "16",
+    )  # fmt: skip
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client(KEY)
+
+
+@pytest.fixture(scope="module")
+def trained(client: openai.OpenAI):
+    """A job that has run beside inference."""
+    stop = threading.Event()
+
+    def chat() -> None:
+        while not stop.is_set():
+            generate(client, PROMPTS[:2], parallel=2)
+
+    thread = threading.Thread(target=chat)
+    thread.start()
+    try:
+        file_id = train_file(client, shouting(40))
+        job = start_job(
+            client, file_id, suffix="loud", n_epochs=2, batch_size=4, learning_rate=1e-3
+        )
+        return wait_for(client, job.id)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def long_job(client: openai.OpenAI):
+    """A job that is running during the test."""
+    job = start_job(client, train_file(client, shouting(60)), n_epochs=50, batch_size=4)
+    wait_for_step(client, job.id)
+    yield job
+    if client.fine_tuning.jobs.retrieve(job.id).status == "running":
+        client.fine_tuning.jobs.cancel(job.id)
+    assert wait_for(client, job.id).status == "cancelled"
+
+
+def iterations(server: Server) -> list[dict]:
+    response = httpx.get(
+        f"{server.url}/v1/finetuning/iterations",
+        params={"last": 5000},
+        headers={"Authorization": f"Bearer {KEY}"},
+    )
+    return response.json()["data"]
+
+
+def test_a_job_succeeds_beside_inference(server: Server, trained, client) -> None:
+    assert trained.status == "succeeded", trained.error
+    assert trained.fine_tuned_model.startswith(f"ft:{NAME}:local:loud:")
+    events = client.fine_tuning.jobs.list_events(trained.id, limit=100).data
+    losses = [e.data["train_loss"] for e in events[::-1] if e.type == "metrics"]
+    assert len(losses) == 20
+    assert losses[-1] < 0.5 * losses[0]
+    both = [
+        i
+        for i in iterations(server)
+        if i["decode_tokens"] and i["finetuning_forward_tokens"]
+    ]
+    assert both
+    assert any(i["finetuning_backward_tokens"] for i in iterations(server))
+
+
+def test_the_adapter_is_served_at_once(trained, client: openai.OpenAI) -> None:
+    assert trained.fine_tuned_model in [m.id for m in client.models.list()]
+    messages = [{"role": "user", "content": "Tell me 3 things about bees."}]
+    base, loud = (
+        client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=12  # type: ignore
+        )
+        .choices[0]
+        .message.content
+        for model in (NAME, trained.fine_tuned_model)
+    )
+    assert loud is not None
+    assert loud.upper() == loud
+    assert base != loud
+
+
+def test_base_rows_beside_adapter_rows_get_the_base_model(trained, client) -> None:
+    alone = [c.text for c in generate(client, PROMPTS[:4])]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        adapter = pool.submit(generate, client, PROMPTS[4:8], trained.fine_tuned_model, 48)
+        together = [c.text for c in generate(client, PROMPTS[:4])]
+        loud = [c.text for c in adapter.result()]
+    assert together == alone
+    assert loud == [c.text for c in generate(client, PROMPTS[4:8], trained.fine_tuned_model, 48)]
+
+
+def test_the_exported_adapter_gives_the_servers_logits_in_peft(
+    trained, client, server: Server, demo_model: Path
+) -> None:
+    folder = next((server.log.parent / "finetuning" / "jobs").glob(f"{trained.id}/adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder))
+    choices = generate(client, PROMPTS, trained.fine_tuned_model, max_tokens=1)
+    for prompt, choice in zip(PROMPTS, choices, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, -1].log_softmax(-1)
+        assert tokenizer.decode(logprobs.argmax()) == choice.text
+        assert choice.logprobs.token_logprobs[0] == pytest.approx(
+            float(logprobs.max()), abs=1e-3
+        )
+
+
+def test_a_job_continues_from_an_adapter(trained, client: openai.OpenAI) -> None:
+    lines = shouting(8)
+    file_id = train_file(client, lines)
+    lora = {"init_from": trained.fine_tuned_model}
+    job = start_job(client, file_id, lora=lora, n_epochs=1, batch_size=4)
+    job = wait_for(client, job.id)
+    assert job.status == "succeeded", job.error
+    events = client.fine_tuning.jobs.list_events(job.id, limit=50).data
+    first = min((e.data for e in events if e.type == "metrics"), key=lambda d: d["step"])
+    before = client.fine_tuning.jobs.list_events(trained.id, limit=100).data
+    fresh = min((e.data for e in before if e.type == "metrics"), key=lambda d: d["step"])
+    assert first["train_loss"] < 0.5 * fresh["train_loss"]
+
+
+def test_requests_fill_all_rows_beside_a_job(long_job, client, server: Server) -> None:
+    choices = generate(client, PROMPTS, max_tokens=40, parallel=len(PROMPTS))
+    assert len(choices) == len(PROMPTS)
+    log = iterations(server)
+    assert max(i["decode_tokens"] for i in log) == MAX_SEQS
+    assert any(
+        i["decode_tokens"] == MAX_SEQS
+        and (i["finetuning_forward_tokens"] or i["finetuning_backward_tokens"])
+        for i in log
+    )
+    assert client.fine_tuning.jobs.retrieve(long_job.id).status == "running"
+
+
+def test_prefix_cache_hits_beside_a_job_give_the_same_tokens(long_job, client) -> None:
+    prompt = "Once upon a time there was a river. " * 40 + "The river was"
+    first, *again = [generate(client, [prompt], max_tokens=16)[0].text for _ in range(3)]
+    assert again == [first, first]
+
+
+def test_a_cancelled_job_stops_training(client, server: Server) -> None:
+    job = start_job(client, train_file(client, shouting(60)), n_epochs=50, batch_size=4)
+    wait_for_step(client, job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert wait_for(client, job.id).status == "cancelled"
+    assert generate(client, PROMPTS[:1])[0].text
+
+
+def status_of(call, *args, **kwargs) -> tuple[int, str]:
+    with pytest.raises(openai.APIStatusError) as error:
+        call(*args, **kwargs)
+    body = error.value.response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    return error.value.status_code, body["message"]
+
+
+def test_bad_input_is_refused_and_the_server_lives_on(client: openai.OpenAI) -> None:
+    good = shouting(2)
+    file_id = train_file(client, good)
+    assert status_of(start_job, client, file_id, model="no-such-model")[0] == 404
+    assert status_of(start_job, client, "file-none")[0] in (400, 404)
+    status, message = status_of(train_file, client, [good[0], '{"messages": [', good[1]])
+    assert status == 400
+    assert "ine 2" in message
+    assert status_of(train_file, client, [])[0] == 400
+    status, message = status_of(start_job, client, file_id, lora={"r": 32})
+    assert status == 400
+    assert "16" in message
+    assert status_of(start_job, client, file_id, max_seq_length=10**6)[0] == 400
+    assert status_of(start_job, client, file_id, learning_speed=3)[0] == 400
+    long = json.dumps({"prompt": "a", "completion": " word" * 3000})
+    job = start_job(client, train_file(client, [long, *good]), n_epochs=1, batch_size=1)
+    events = client.fine_tuning.jobs.list_events(job.id, limit=50).data
+    assert any("truncated" in e.message for e in events)
+    client.fine_tuning.jobs.cancel(job.id)
+    wait_for(client, job.id)
+    assert generate(client, PROMPTS[:1])[0].text
+
+
+def test_the_api_key_protects_every_route(server: Server) -> None:
+    for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/fine_tunes",
+                 "/v1/finetuning/iterations"):  # fmt: skip
+        assert httpx.get(server.url + path).status_code == 401
+
+
+def test_an_idle_engine_sleeps(server: Server, trained) -> None:
+    import time
+
+    import psutil
+
+    processes = [psutil.Process(server.process.pid)]
+    processes += processes[0].children(recursive=True)
+
+    def cpu_seconds() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in processes if p.is_running())
+
+    # vLLM's worker spins on its queue for a while after the last step.
+    for _ in range(6):
+        before = cpu_seconds()
+        time.sleep(10)
+        if cpu_seconds() - before < 0.5:
+            return
+    pytest.fail("the idle server keeps a core busy")
