@@ -17,6 +17,8 @@ WORKER = "flexllm_vllm.worker.FinetuningWorker"
 
 # Adapters that can be served beside the base model when the user has not said --max-loras.
 SERVED_LORAS = 4
+# Seconds that the engine is given to end at SIGTERM. vLLM's own 0 means that it is killed.
+SHUTDOWN_TIMEOUT = 15
 # Only these layers are wrapped when the user has not enabled LoRA: the logits layer and the
 # embedding would cost every decode step something and no job trains them.
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -175,6 +177,7 @@ def apply_to_engine_args(engine_args: Any, config: FinetuningConfig) -> None:
     engine_args.scheduler_cls = SCHEDULER
     engine_args.worker_cls = WORKER
     engine_args.async_scheduling = False
+    engine_args.shutdown_timeout = engine_args.shutdown_timeout or SHUTDOWN_TIMEOUT
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
         KEY: config.to_dict(),

@@ -37,6 +37,7 @@ def apply_cpu_defaults() -> None:
         logger.info("VLLM_CPU_OMP_THREADS_BIND: all cores, %s", binding)
     iomp = Path(sys.prefix) / "lib" / "libiomp5.so"
     preload = os.environ.get("LD_PRELOAD", "")
-    if iomp.exists() and "libiomp" not in preload:
+    # vLLM takes one OpenMP runtime, not two: a libgomp that is preloaded already stays.
+    if iomp.exists() and "libiomp" not in preload and "libgomp" not in preload:
         os.environ["LD_PRELOAD"] = ":".join(filter(None, (preload, str(iomp))))
         logger.info("LD_PRELOAD: %s", iomp)

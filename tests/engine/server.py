@@ -21,6 +21,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def _environment() -> dict[str, str]:
+    """The user's: an engine in the test's process has put its own libraries and bindings in ours."""
+    own = ("LD_PRELOAD", "OMP_", "KMP_", "VLLM_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
 class Server:
     """A running server.
 
@@ -46,7 +53,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+                env=_environment(),
             )
         deadline = time.monotonic() + timeout
         while True:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from models import random_llama
 from prompts import SUBJECTS
-from server import NAME, Server, start_job, train_file, wait_for, wait_for_step
+from server import Server, start_job, train_file, wait_for, wait_for_step
 
 
 @pytest.fixture
@@ -57,10 +57,7 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
         events = [e.message for e in client.fine_tuning.jobs.list_events(broken.id, limit=100)]
         assert any("begin" in message or "again" in message for message in events)
         # SIGTERM with the job running.
-        assert server.terminate(timeout=60) is not None
-        assert "finetuning" not in "\n".join(
-            line for line in server.log.read_text().splitlines() if "Traceback" in line
-        )
+        assert server.terminate(timeout=60) == 0
     finally:
         server.kill()
 
@@ -83,9 +80,8 @@ def test_sigterm_ends_a_server_with_a_running_job_cleanly(model: Path, tmp_path:
         job = start_job(client, train_file(client, LINES), n_epochs=50, batch_size=2)
         wait_for_step(client, job.id)
         assert server.terminate(timeout=30) == 0
-        log = server.log.read_text()
-        assert "SIGKILL" not in log
-        assert "orce" not in "\n".join(x for x in log.splitlines() if "[shutdown]" in x)
+        shutdown = [x for x in server.log.read_text().splitlines() if "[shutdown]" in x]
+        assert any("request processing complete" in line for line in shutdown)
+        assert not any("force killing remaining" in line for line in shutdown)
     finally:
         server.kill()
-    assert NAME

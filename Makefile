@@ -1,0 +1,27 @@
+# Each target works from a clean clone.
+PY := .venv/bin/python
+
+.PHONY: demo serve test lint model setup clean
+
+demo: model  ## train an adapter while the server answers, then talk to it
+	$(PY) -m examples.demo
+
+serve: model  ## the same server, kept running
+	@$(PY) -m examples.serve
+
+test: model  ## the whole suite: unit tests, then tests with the real engine
+	$(PY) -m pytest
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+model: setup
+	@$(PY) setup/demo_model.py
+
+setup:
+	@setup/setup.sh
+
+clean:
+	rm -rf .venv .demo
