@@ -9,9 +9,7 @@ from openai import OpenAI
 client = OpenAI(base_url=os.environ.get("BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none")
 model = client.models.list().data[0].id
 
-file = client.files.create(
-    file=Path(__file__).parent / "data" / "train.jsonl", purpose="fine-tune"
-)
+file = client.files.create(file=Path(__file__).parent / "data" / "train.jsonl", purpose="fine-tune")
 job = client.fine_tuning.jobs.create(
     model=model,
     training_file=file.id,

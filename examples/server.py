@@ -53,8 +53,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path | Non
 
 
 @contextlib.contextmanager
-def running(folder: Path, log: Path, waiting: Callable[[], contextlib.AbstractContextManager[object]],
-            ) -> Iterator[str]:  # fmt: skip
+def running(
+    folder: Path, log: Path, waiting: Callable[[], contextlib.AbstractContextManager[object]]
+) -> Iterator[str]:
     """A server for the time of a ``with``; yields its address."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"

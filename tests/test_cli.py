@@ -1,0 +1,122 @@
+"""The flags, through vLLM's own parser."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from flexllm_vllm import cli
+from flexllm_vllm.config import KEY, FinetuningConfig
+from flexllm_vllm.release import check_vllm_release
+
+
+@pytest.fixture(scope="module")
+def parser() -> FlexibleArgumentParser:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    cli.install()
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the process's environment as it is."""
+    monkeypatch.setattr(cli, "apply_cpu_defaults", lambda: None)
+
+
+def engine_args(parser: FlexibleArgumentParser, *flags: str) -> AsyncEngineArgs:
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "m", *flags]))
+
+
+def test_the_flags_have_a_group_of_their_own(parser: FlexibleArgumentParser) -> None:
+    group = next(g for g in parser._action_groups if g.title == "Finetuning")
+    names = {option for action in group._group_actions for option in action.option_strings}
+    assert {
+        "--enable-finetuning", "--finetuning-dir", "--finetuning-max-jobs",
+        "--finetuning-max-lora-rank", "--finetuning-max-tokens",
+        "--finetuning-activation-cache-tokens", "--finetuning-tpot-slo-ms",
+    } <= names  # fmt: skip
+
+
+def test_one_flag_is_enough(parser: FlexibleArgumentParser) -> None:
+    args = engine_args(parser, "--enable-finetuning")
+    assert args.scheduler_cls == cli.SCHEDULER
+    assert args.worker_cls == cli.WORKER
+    assert args.enable_lora
+    assert args.max_lora_rank == FinetuningConfig().max_lora_rank
+    assert args.shutdown_timeout > 0
+    assert FinetuningConfig.from_dict(args.additional_config[KEY]) == FinetuningConfig()
+
+
+def test_without_the_flag_nothing_changes(parser: FlexibleArgumentParser) -> None:
+    assert engine_args(parser) == AsyncEngineArgs(model="m")
+
+
+def test_values_come_from_a_yaml_file(parser: FlexibleArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        f"enable-finetuning: true\nfinetuning-max-jobs: 3\nfinetuning-dir: {tmp_path}\n"
+        "finetuning-tpot-slo-ms: 80.5\n"
+    )
+    args = engine_args(parser, "--config", str(file))
+    config = FinetuningConfig.from_dict(args.additional_config[KEY])
+    assert (config.max_jobs, config.dir, config.tpot_slo_ms) == (3, tmp_path, 80.5)
+
+
+def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
+    args = engine_args(
+        parser, "--enable-finetuning", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "128"
+    )
+    assert (args.max_loras, args.max_lora_rank, args.lora_target_modules) == (2, 128, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--finetuning-max-jobs", "0"], "--finetuning-max-jobs"),
+        (["--finetuning-max-tokens", "3"], "--finetuning-max-tokens"),
+        (["--finetuning-max-lora-rank", "17"], "--finetuning-max-lora-rank"),
+        (["--finetuning-activation-cache-tokens", "1"], "--finetuning-activation-cache-tokens"),
+        (["--finetuning-tpot-slo-ms", "-1"], "--finetuning-tpot-slo-ms"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+        (["--data-parallel-size", "2"], "--data-parallel-size"),
+        (["--quantization", "fp8"], "--quantization"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype"),
+        (["--async-scheduling"], "--async-scheduling"),
+        (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
+        (["--worker-cls", "my.Worker"], "--worker-cls"),
+        (["--headless"], "--headless"),
+        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+         "--speculative-config"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(
+    parser: FlexibleArgumentParser, flags: list[str], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        engine_args(parser, "--enable-finetuning", *flags)
+
+
+def test_a_finetuning_flag_alone_is_refused(parser: FlexibleArgumentParser) -> None:
+    with pytest.raises(ValueError, match="--finetuning-max-jobs has no effect without"):
+        engine_args(parser, "--finetuning-max-jobs", "2")
+
+
+def test_other_platforms_are_refused() -> None:
+    args = AsyncEngineArgs(model="m")
+    with pytest.raises(ValueError, match="cuda"):
+        cli.check_combination(args, Namespace(), "cuda")
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.0.0+cpu"])
+def test_another_release_of_vllm_is_refused(version: str) -> None:
+    with pytest.raises(ValueError, match=r"0\.32"):
+        check_vllm_release(version)
+
+
+def test_the_supported_releases() -> None:
+    for version in ("0.32.0", "0.32.1", "0.32.0+cpu"):
+        check_vllm_release(version)
