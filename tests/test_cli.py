@@ -14,7 +14,7 @@ from flexllm_vllm.release import check_vllm_release
 
 @pytest.fixture(scope="module")
 def parser() -> FlexibleArgumentParser:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     cli.install()
     return make_arg_parser(FlexibleArgumentParser())
@@ -51,7 +51,12 @@ def test_one_flag_is_enough(parser: FlexibleArgumentParser) -> None:
 
 
 def test_without_the_flag_nothing_changes(parser: FlexibleArgumentParser) -> None:
-    assert engine_args(parser) == AsyncEngineArgs(model="m")
+    args, stock = engine_args(parser), AsyncEngineArgs(model="m")
+    names = ["scheduler_cls", "worker_cls", "enable_lora", "max_loras", "max_lora_rank"]
+    names += ["lora_target_modules", "shutdown_timeout", "dtype", "async_scheduling"]
+    for name in names:
+        assert (getattr(args, name) or None) == (getattr(stock, name) or None), name
+    assert not args.additional_config
 
 
 def test_values_come_from_a_yaml_file(parser: FlexibleArgumentParser, tmp_path: Path) -> None:

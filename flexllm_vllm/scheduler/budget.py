@@ -22,7 +22,7 @@ class TokenBudget:
     def __init__(self, max_tokens: int, target_ms: float | None) -> None:
         self._max_tokens = max_tokens
         self._target_ms = target_ms
-        self._beside = min(TOKENS_BESIDE_INFERENCE, max_tokens)
+        self._beside: float = min(TOKENS_BESIDE_INFERENCE, max_tokens)
 
     def tokens(self, inference_tokens: int) -> int:
         """Finetuning tokens for an iteration that holds this many inference tokens.

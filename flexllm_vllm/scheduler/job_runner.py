@@ -1,5 +1,6 @@
 """Jobs in the engine: takes them from the store, applies what came of their work, ends them."""
 
+from functools import partial
 
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.log import get_logger
@@ -9,6 +10,10 @@ from flexllm_vllm.scheduler.planner import Planner
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 logger = get_logger(__name__)
+
+
+def _cancelled(job_id: str, store: JobStore) -> None:
+    store.cancelled(job_id)
 
 
 class JobRunner:
@@ -40,7 +45,7 @@ class JobRunner:
         for job_id in self._feeder.take_cancellations():
             if job_id in self._planner.loops:
                 self._planner.remove(job_id)
-                self._feeder.finish(job_id, lambda store, job_id=job_id: store.cancelled(job_id))
+                self._feeder.finish(job_id, partial(_cancelled, job_id))
 
     def _start(self, claimed: ClaimedJob) -> None:
         loop = TrainingLoop(
@@ -94,9 +99,7 @@ class JobRunner:
     def _fail(self, job_id: str, failure: JobFailure) -> None:
         logger.error("finetuning job %s failed: %s", job_id, failure.message)
         self._planner.remove(job_id)
-        self._feeder.finish(
-            job_id, lambda store: store.fail(job_id, failure.code, failure.message)
-        )
+        self._feeder.finish(job_id, lambda store: store.fail(job_id, failure.code, failure.message))
 
     def fail_all(self, error: Exception) -> None:
         """Ends every running job: the planner's state cannot be trusted after ``error``."""

@@ -219,9 +219,10 @@ class Planner:
         for loop in loops:
             batch = loop.open_batch()
             for pack in batch.packs if batch else []:
-                if pack.phase is PackPhase.WAITING:
-                    if num_tokens <= 0 or not self._admit(loop, pack, plan):
-                        break
+                if pack.phase is PackPhase.WAITING and (
+                    num_tokens <= 0 or not self._admit(loop, pack, plan)
+                ):
+                    break
                 if pack.phase is PackPhase.FORWARD:
                     num_tokens -= self._forward(pack, num_tokens, plan)
 
@@ -276,9 +277,7 @@ class Planner:
         if any(p.phase is PackPhase.BACKWARD for p in others):
             return  # it will be done, and free its blocks
         planned = {window.pack_id for window in plan.forward}
-        younger = [
-            p for p in others if p.pack_id > pack.pack_id and p.pack_id not in planned
-        ]
+        younger = [p for p in others if p.pack_id > pack.pack_id and p.pack_id not in planned]
         if younger:
             self._give_up(max(younger, key=lambda p: p.pack_id))
 

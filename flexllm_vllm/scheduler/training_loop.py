@@ -113,7 +113,8 @@ class TrainingLoop:
 
     def close_batch(self) -> OptimizerStep:
         """The batch's work is planned: the optimizer step that follows it."""
-        assert self.batch is not None and self.batch.done
+        assert self.batch is not None
+        assert self.batch.done
         t = self.job.training
         rate = learning_rate(
             t.lr_scheduler_type, t.learning_rate, self.step, self.total_steps, t.warmup_ratio

@@ -31,9 +31,7 @@ class TrainableAdapter:
                 targets = [t for t in LORA_GROUPS[name] if t in spec.target_modules]
                 if not targets:
                     continue
-                entries = [
-                    ("A", torch.Size((len(targets) * spec.r, shape.in_features)), offset)
-                ]
+                entries = [("A", torch.Size((len(targets) * spec.r, shape.in_features)), offset)]
                 offset += entries[0][1].numel()
                 for target in targets:
                     width = shape.out_features[LORA_GROUPS[name].index(target)]

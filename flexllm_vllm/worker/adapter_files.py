@@ -28,7 +28,7 @@ def save_adapter(adapter: TrainableAdapter, folder: Path, base_model: str) -> No
     temporary.mkdir(parents=True)
     LoraConfig(
         r=spec.r,
-        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=spec.lora_alpha,
         use_rslora=spec.use_rslora,
         target_modules=list(spec.target_modules),
         lora_dropout=0.0,

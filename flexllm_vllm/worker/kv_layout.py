@@ -22,9 +22,7 @@ def check_kv_layout(
         raise ValueError(
             f"finetuning needs one KV cache group, this model has {len(groups)} (hybrid attention)"
         )
-    attention = next(
-        module for module in runner.model.modules() if hasattr(module, "isa")
-    )
+    attention = next(module for module in runner.model.modules() if hasattr(module, "isa"))
     _, _, block_size, _ = kv_cache.shape
     if block_size != groups[0].kv_cache_spec.block_size:
         raise ValueError("finetuning needs equal KV block sizes in scheduler and attention kernel")
@@ -49,9 +47,7 @@ def check_kv_layout(
         kv_cache_dtype="auto",
     )
     key_t, read = read_paged_kv(scratch, table, num_tokens)
-    if not (
-        torch.equal(key_t, key.permute(1, 2, 0)) and torch.equal(read, value.transpose(0, 1))
-    ):
+    if not (torch.equal(key_t, key.permute(1, 2, 0)) and torch.equal(read, value.transpose(0, 1))):
         raise ValueError(
             f"finetuning cannot read the KV cache layout of vLLM's CPU attention '{attention.isa}' "
             f"with head size {head_size} and {dtype}; try --dtype float32"

@@ -1,4 +1,4 @@
-"""State of the finetuning sequences that are between their forward and the end of their backward."""
+"""Finetuning sequences between their forward and the end of their backward."""
 
 from dataclasses import dataclass, field
 

@@ -45,28 +45,28 @@ class Trainer:
     def run(self, plan: StepPlan) -> None:
         """Everything of the plan but its forward windows."""
         for job_id in plan.end:
-            self._guard(job_id, lambda job_id=job_id: self._end(job_id))
+            self._guard(job_id, self._end, job_id)
         for pack_id in plan.drop:
             self._drop(pack_id)
         for spec in plan.start:
-            self._guard(spec.job_id, lambda spec=spec: self._start(spec))
+            self._guard(spec.job_id, self._start, spec)
         for pack in plan.open:
             self.packs[pack.pack_id] = PackState.open(pack)
         for window in plan.backward:
             state = self.packs.get(window.pack_id)
             if state is not None:
                 job_id = state.spec.job_id
-                self._guard(job_id, lambda window=window: self._backward(window))
+                self._guard(job_id, self._backward, window)
         for step in plan.optimize:
-            self._guard(step.job_id, lambda step=step: self._optimize(step))
+            self._guard(step.job_id, self._optimize, step)
         for save in plan.save:
-            self._guard(save.job_id, lambda save=save: self._save(save))
+            self._guard(save.job_id, self._save, save)
 
-    def _guard(self, job_id: str, work: Callable[[], None]) -> None:
+    def _guard(self, job_id: str, work: Callable[[Any], None], part: Any) -> None:
         if job_id in self._result.failures:
             return
         try:
-            work()
+            work(part)
         except Exception as error:
             logger.exception("finetuning job %s failed", job_id)
             self._result.failures[job_id] = JobFailure(

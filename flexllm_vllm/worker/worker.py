@@ -75,9 +75,7 @@ class FinetuningWorker(CPUWorker):
     def _start_trainer(self) -> None:
         runner = self.model_runner
         model = build_backward(runner.model, self.model_config.architectures)
-        check_kv_layout(
-            runner, model.kv_cache(0), model.num_kv_heads, model.head_size, model.dtype
-        )
+        check_kv_layout(runner, model.kv_cache(0), model.num_kv_heads, model.head_size, model.dtype)
         cache = ActivationCache(
             self._finetuning.activation_cache_tokens,
             model.num_layers,

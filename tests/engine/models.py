@@ -7,7 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCAB = 320
@@ -51,9 +56,7 @@ def random_adapter(
     """A PEFT adapter whose B is not zero, so that the gradients of A are not."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
     peft = get_peft_model(base, config)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:

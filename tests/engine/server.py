@@ -1,5 +1,6 @@
 """`vllm serve` as a user starts it, in a process of its own."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ def free_port() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The user's: an engine in the test's process has put its own libraries and bindings in ours."""
+    """The user's: an engine in the test's process has put libraries and bindings into ours."""
     own = ("LD_PRELOAD", "OMP_", "KMP_", "VLLM_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return {**kept, "PYTHONUNBUFFERED": "1"}
@@ -77,10 +78,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to every process of the server."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait(30)
 
 
@@ -98,7 +97,10 @@ def start_job(client: openai.OpenAI, file_id: str, model: str = NAME, suffix: st
     }
     more = {"suffix": suffix} if suffix else {}
     return client.fine_tuning.jobs.create(
-        model=model, training_file=file_id, method=method, **more  # type: ignore[arg-type]
+        model=model,
+        training_file=file_id,
+        method=method,
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -18,9 +18,9 @@ from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
 
 LLAMAS = {
-    "gqa-tied": dict(heads=6, kv_heads=2, head_dim=32, inner=320, tied=True),
-    "mha-untied": dict(heads=4, kv_heads=4, head_dim=32, inner=224, tied=False),
-    "mqa-untied": dict(heads=4, kv_heads=1, head_dim=64, inner=512, tied=False),
+    "gqa-tied": {"heads": 6, "kv_heads": 2, "head_dim": 32, "inner": 320, "tied": True},
+    "mha-untied": {"heads": 4, "kv_heads": 4, "head_dim": 32, "inner": 224, "tied": False},
+    "mqa-untied": {"heads": 4, "kv_heads": 1, "head_dim": 64, "inner": 512, "tied": False},
 }
 
 

@@ -1,7 +1,6 @@
 """A KV cache too small for everyone: requests fare as they would without a job."""
 
 import time
-from pathlib import Path
 
 import harness
 import pytest

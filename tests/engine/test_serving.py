@@ -84,11 +84,7 @@ def test_a_job_succeeds_beside_inference(server: Server, trained, client) -> Non
     losses = [e.data["train_loss"] for e in events[::-1] if e.type == "metrics"]
     assert len(losses) == 20
     assert losses[-1] < 0.5 * losses[0]
-    both = [
-        i
-        for i in iterations(server)
-        if i["decode_tokens"] and i["finetuning_forward_tokens"]
-    ]
+    both = [i for i in iterations(server) if i["decode_tokens"] and i["finetuning_forward_tokens"]]
     assert both
     assert any(i["finetuning_backward_tokens"] for i in iterations(server))
 
@@ -98,7 +94,10 @@ def test_the_adapter_is_served_at_once(trained, client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Tell me 3 things about bees."}]
     base, loud = (
         client.chat.completions.create(
-            model=model, messages=messages, temperature=0, max_tokens=12  # type: ignore
+            model=model,
+            messages=messages,
+            temperature=0,
+            max_tokens=12,  # type: ignore
         )
         .choices[0]
         .message.content
@@ -132,9 +131,7 @@ def test_the_exported_adapter_gives_the_servers_logits_in_peft(
         with torch.no_grad():
             logprobs = model(ids).logits[0, -1].log_softmax(-1)
         assert tokenizer.decode(logprobs.argmax()) == choice.text
-        assert choice.logprobs.token_logprobs[0] == pytest.approx(
-            float(logprobs.max()), abs=1e-3
-        )
+        assert choice.logprobs.token_logprobs[0] == pytest.approx(float(logprobs.max()), abs=1e-3)
 
 
 def test_a_job_continues_from_an_adapter(trained, client: openai.OpenAI) -> None:

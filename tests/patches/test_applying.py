@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.model_executor.layers import utils
-
 from flexllm_vllm.patches import cpu_linear_weights, endpoint_plugins, engine_core, require
+from vllm.model_executor.layers import utils
 
 
 def test_a_missing_attribute_is_named() -> None:

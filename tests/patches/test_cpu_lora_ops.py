@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
 from flexllm_vllm.patches import cpu_lora_ops
 from flexllm_vllm.patches.cpu_lora_ops import segments
+from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 SLOTS, RANK, WIDTH = 3, 8, 24
 OUT = (40, 16, 16)
@@ -46,9 +45,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("slots", BATCHES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-1)])
-def test_each_row_gets_its_own_adapter(
-    slots: list[int], dtype: torch.dtype, bound: float
-) -> None:
+def test_each_row_gets_its_own_adapter(slots: list[int], dtype: torch.dtype, bound: float) -> None:
     a, b = matrices(dtype)
     x = torch.randn(len(slots), WIDTH).to(dtype)
     y = torch.randn(len(slots), sum(OUT)).to(dtype)

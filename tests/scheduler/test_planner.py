@@ -1,0 +1,227 @@
+"""The planner over whole jobs, with KV blocks but without an engine."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexllm_vllm.data.dataset import DatasetBuilder
+from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
+from flexllm_vllm.plan import StepPlan
+from flexllm_vllm.scheduler.pack import Pack, Sequence
+from flexllm_vllm.scheduler.planner import ModelShape, Planner
+from flexllm_vllm.scheduler.slots import SlotPool
+from flexllm_vllm.scheduler.training_loop import TrainingLoop
+
+LAYERS = 4
+
+
+class Rows:
+    """KV blocks of the real size, counted rather than allocated (see ``HiddenRows``)."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 16, max_rows: int = 16) -> None:
+        self.num_blocks, self.block_size, self.max_rows = num_blocks, block_size, max_rows
+        self.held: dict[int, int] = {}
+        self.num_rows = 0
+
+    def _free(self) -> int:
+        return self.num_blocks - sum(self.held.values())
+
+    def fits(self, pack: Pack) -> bool:
+        return pack.num_blocks(self.block_size) <= self._free()
+
+    def open(self, pack: Pack, lora: Any) -> None:
+        for i, sequence in enumerate(pack.sequences):
+            sequence.request = SimpleNamespace(request_id=f"{pack.pack_id}-{i}")  # type: ignore
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        blocks = -(-(sequence.done + num_tokens) // self.block_size)
+        if blocks - self.held.get(id(sequence), 0) > self._free():
+            return False
+        self.held[id(sequence)] = blocks
+        self.num_rows += 1
+        return True
+
+    def close(self, pack: Pack) -> None:
+        for sequence in pack.sequences:
+            self.held.pop(id(sequence), None)
+            sequence.request = None
+
+    def discard(self) -> None:
+        self.num_rows = 0
+
+
+def make_loop(planner: Planner, name: str, lengths: list[int], tmp_path: Path,
+              batch_size: int = 4, n_epochs: int = 2) -> TrainingLoop:  # fmt: skip
+    builder = DatasetBuilder()
+    rng = np.random.default_rng(len(lengths))
+    for length in lengths:
+        builder.add(rng.integers(3, 99, length).tolist(), [0] + [1] * (length - 1))
+    training = TrainingSpec(batch_size=batch_size, max_seq_length=512, seed=0, n_epochs=n_epochs)
+    job = FinetuningJob(
+        id=name, model="m", status=JobStatus.RUNNING, training_file="f", suffix=None,
+        lora=LoraSpec(), training=training, hyperparameters={}, created_at=0, started_at=0,
+        finished_at=None, trained_tokens=0, step=0, total_steps=0, adapter_name=name,
+        fine_tuned_model=None, adapter_int_id=1, init_adapter_path=None, folder=tmp_path,
+        error=None, cancel_requested=False, attempts=1, organization_id="local",
+    )  # fmt: skip
+    loop = TrainingLoop(job, builder.build(), planner.make_packs, "base")
+    loop.ready = True
+    planner.add(loop)
+    return loop
+
+
+class Worker:
+    """Checks plans as a worker would have to obey them."""
+
+    def __init__(self, planner: Planner, rows: Rows, slots: int) -> None:
+        self.planner, self.rows, self.slots = planner, rows, slots
+        self.open: dict[int, Any] = {}
+        self.forwarded: dict[int, list[int]] = {}
+        self.at: dict[int, tuple[int, int]] = {}
+        self.finished = 0
+        self.steps: dict[str, int] = {}
+        self.saved: list[str] = []
+
+    def run(self, tokens: int) -> StepPlan:
+        self.rows.discard()
+        plan = self.planner.plan(tokens)
+        for pack_id in plan.drop:
+            for state in (self.open, self.forwarded, self.at):
+                state.pop(pack_id, None)
+        before = dict(self.open)
+        for spec in plan.open:
+            assert spec.pack_id not in self.open
+            self.open[spec.pack_id] = spec
+            self.forwarded[spec.pack_id] = [0] * len(spec.sequences)
+            self.at[spec.pack_id] = (LAYERS, spec.num_rows)
+        for window in plan.backward:
+            spec = before[window.pack_id]  # its forward was complete an iteration ago
+            done = [len(s.targets) for s in spec.sequences]
+            assert self.forwarded[window.pack_id] == done
+            layer, row = self.at[window.pack_id]
+            assert (window.layer, window.end) == (layer, row)
+            assert 0 <= window.start < window.end
+            following = (layer, window.start) if window.start else (layer - 1, spec.num_rows)
+            self.at[window.pack_id] = following
+            if window.layer == LAYERS and window.start == 0:
+                self.planner.set_loss(window.pack_id, 1.0)
+            if following[0] < 0:
+                del self.open[window.pack_id]
+                self.finished += len(spec.sequences)
+        for window in plan.forward:
+            index = int(window.row_id.split("-")[1])
+            assert self.forwarded[window.pack_id][index] == window.start
+            self.forwarded[window.pack_id][index] = window.end
+        held = [slot for spec in self.open.values() for slot in spec.slots]
+        assert len(held) == len(set(held)) <= self.slots
+        for step in plan.optimize:
+            self.steps[step.job_id] = self.steps.get(step.job_id, 0) + 1
+        self.saved += [s.job_id for s in plan.save]
+        forward = sum(w.end - w.start for w in plan.forward)
+        assert forward <= tokens
+        assert self.rows.num_rows <= self.rows.max_rows
+        return plan
+
+
+def make(slots: int = 256, **rows: int) -> tuple[Planner, Rows, Worker]:
+    made = Rows(**rows)
+    planner = Planner(ModelShape(LAYERS, 2.0), made, slots)  # type: ignore[arg-type]
+    return planner, made, Worker(planner, made, slots)
+
+
+@pytest.mark.parametrize("tokens", [16, 33, 100, 1000])
+@pytest.mark.parametrize("slots", [110, 256])
+def test_every_sequence_runs_forward_and_backward_once_an_epoch(
+    tokens: int, slots: int, tmp_path: Path
+) -> None:
+    planner, rows, worker = make(slots)
+    loop = make_loop(planner, "a", [5, 100, 33, 64, 17, 80, 2, 50, 9], tmp_path)
+    for _ in range(5000):
+        worker.run(tokens)
+        if worker.saved:
+            break
+    assert worker.saved == ["a"]
+    assert worker.finished == 2 * 9
+    assert worker.steps["a"] == loop.total_steps == 6
+    assert not rows.held
+    assert not worker.open
+
+
+def test_an_iteration_holds_forward_and_backward_windows(tmp_path: Path) -> None:
+    planner, _, worker = make(200)
+    make_loop(planner, "a", [60] * 12, tmp_path, batch_size=12)
+    plans = [worker.run(40) for _ in range(30)]
+    assert any(p.forward and p.backward for p in plans)
+
+
+def test_a_dropped_pack_is_redone_whole_under_a_new_id(tmp_path: Path) -> None:
+    planner, rows, worker = make()
+    make_loop(planner, "a", [60, 70, 40, 90], tmp_path, n_epochs=1)
+    dropped = 0
+    for i in range(2000):
+        if i % 7 == 6 and dropped < 20:
+            dropped += planner.give_up_youngest()
+        worker.run(48)
+        if worker.saved:
+            break
+    assert dropped > 2
+    assert worker.finished == 4
+    assert worker.steps["a"] == 1
+    assert not rows.held
+
+
+def test_two_jobs_take_turns(tmp_path: Path) -> None:
+    planner, _, worker = make()
+    for name in ("a", "b"):
+        make_loop(planner, name, [40] * 16, tmp_path, n_epochs=3)
+    for _ in range(100):
+        worker.run(32)
+        counts = [worker.steps.get(name, 0) for name in ("a", "b")]
+        assert abs(counts[0] - counts[1]) <= 1
+    assert min(counts) > 0
+
+
+def test_a_removed_job_gives_everything_back(tmp_path: Path) -> None:
+    planner, rows, worker = make()
+    make_loop(planner, "a", [60, 70, 40, 90], tmp_path)
+    for _ in range(5):
+        worker.run(48)
+    assert rows.held
+    planner.remove("a")
+    assert not rows.held
+    plan = planner.plan(48)
+    assert plan.end == ["a"]
+    assert not planner.has_work
+
+
+def test_an_example_that_can_never_run_is_refused(tmp_path: Path) -> None:
+    planner, _, _ = make(slots=64)
+    with pytest.raises(ValueError, match="longest example has 80 tokens"):
+        planner.check(make_loop(planner, "a", [10, 80], tmp_path))
+
+
+def test_nothing_is_planned_without_a_budget(tmp_path: Path) -> None:
+    planner, _, worker = make()
+    make_loop(planner, "a", [20] * 4, tmp_path)
+    worker.run(0)
+    plan = worker.run(0)
+    assert not plan.forward
+    assert not plan.backward
+
+
+def test_slots_are_handed_out_once() -> None:
+    pool = SlotPool(10)
+    first, second = pool.take(4), pool.take(6)
+    assert sorted(first + second) == list(range(10))
+    pool.give_back(first)
+    assert pool.num_free == 4
+    assert pool.take(4) == first
+
+
+def test_rows_of_a_sequence_end_with_its_last_target() -> None:
+    sequence = Sequence.of([11, 12, 13, 14, 15], [0, 0, 1, 1, 0])
+    assert sequence.targets == (-1, 13, 14)
+    assert sequence.token_ids == [11, 12, 13, 14]  # the last one is never computed

@@ -1,0 +1,57 @@
+"""Imports run one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "flexllm_vllm"
+
+# Folder -> the parts of the package that it may import.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "patches": {"patches", "api"},
+    "flexllm_vllm/data": {"data", "log"},
+    "flexllm_vllm/jobs": {"jobs", "data", "log"},
+    "flexllm_vllm/api": {"api", "jobs", "data", "config", "log"},
+    "flexllm_vllm/models": {"models", "kernels"},
+    "flexllm_vllm/worker": {"worker", "models", "kernels", "patches", "plan", "config", "log"},
+    "flexllm_vllm/scheduler": {"scheduler", "jobs", "data", "patches", "plan", "config", "log"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, by full name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_part_imports_only_what_lies_below_it(folder: str) -> None:
+    files = list((ROOT / folder).glob("*.py"))
+    assert files
+    for path in files:
+        parts = {name.split(".")[1] for name in imported(path) if name.startswith(f"{PACKAGE}.")}
+        assert parts <= MAY_IMPORT[folder], path
+
+
+def test_kernels_know_only_torch() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        foreign = {n.split(".")[0] for n in imported(path)} - {"torch", "collections",
+                                                              "dataclasses", PACKAGE}  # fmt: skip
+        assert not foreign, path
+
+
+def test_kernels_and_patches_are_no_top_level_modules() -> None:
+    import flexllm_vllm.kernels
+    import flexllm_vllm.patches
+
+    assert flexllm_vllm.kernels.__name__ == "flexllm_vllm.kernels"
+    assert flexllm_vllm.patches.__name__ == "flexllm_vllm.patches"

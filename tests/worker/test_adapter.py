@@ -1,0 +1,120 @@
+"""The adapter in training, against torch's own clipping and AdamW, and PEFT's own loader."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.plan import TrainAdapter
+from flexllm_vllm.worker.adapter import TrainableAdapter
+from flexllm_vllm.worker.adapter_files import save_adapter
+
+HIDDEN, INNER, KV, LAYERS = 32, 48, 16, 2
+
+
+class Shapes:
+    """The part of a model's backward that an adapter asks for."""
+
+    num_layers = LAYERS
+
+    def linear_shapes(self) -> dict[str, LinearShape]:
+        return {
+            "qkv_proj": LinearShape(HIDDEN, (HIDDEN, KV, KV)),
+            "o_proj": LinearShape(HIDDEN, (HIDDEN,)),
+            "gate_up_proj": LinearShape(HIDDEN, (INNER, INNER)),
+            "down_proj": LinearShape(INNER, (HIDDEN,)),
+        }
+
+    def module_path(self, layer: int, name: str) -> str:
+        parent = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        return f"model.layers.{layer}.{parent}.{name}"
+
+
+def make(targets: tuple[str, ...] = ("q_proj", "v_proj", "gate_proj", "down_proj"), r: int = 4,
+         init: Path | None = None, seed: int = 3) -> TrainableAdapter:  # fmt: skip
+    spec = TrainAdapter("job", 1, r, 8.0, False, targets, seed, str(init) if init else None,
+                        (0.8, 0.95), 1e-6, 0.1)  # fmt: skip
+    return TrainableAdapter(spec, Shapes())  # type: ignore[arg-type]
+
+
+def test_steps_equal_torchs_clipping_and_adamw() -> None:
+    adapter = make()
+    names = list(adapter.matrices())
+    reference = [
+        torch.nn.Parameter(matrix.clone()) for n in names for matrix in adapter.matrices()[n]
+    ]
+    optimizer = torch.optim.AdamW(reference, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    torch.manual_seed(0)
+    for rate in (1e-2, 5e-3, 1e-3):
+        gradients = [torch.randn_like(p) for p in reference]
+        flat = [matrix for n in names for matrix in adapter.pack_gradients()[n]]
+        for target, gradient, parameter in zip(flat, gradients, reference, strict=True):
+            target.add_(gradient)
+            parameter.grad = gradient.clone()
+        adapter.commit_pack_gradients()
+        expected = torch.nn.utils.clip_grad_norm_(reference, 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert adapter.step(rate, 0.5) == pytest.approx(float(expected), rel=1e-5)
+    got = [matrix for n in names for matrix in adapter.matrices()[n]]
+    for matrix, parameter in zip(got, reference, strict=True):
+        torch.testing.assert_close(matrix, parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_discarded_pack_leaves_no_trace() -> None:
+    adapter = make()
+    for a, b in adapter.pack_gradients().values():
+        a.fill_(1.0)
+        b.fill_(1.0)
+    adapter.discard_pack_gradients()
+    adapter.commit_pack_gradients()
+    assert all(not a.any() and not b.any() for a, b in adapter.gradients().values())
+
+
+def test_gradients_that_are_not_finite_change_nothing() -> None:
+    adapter = make()
+    before = {path: (a.clone(), b.clone()) for path, (a, b) in adapter.matrices().items()}
+    next(iter(adapter.pack_gradients().values()))[0].fill_(float("nan"))
+    adapter.commit_pack_gradients()
+    with pytest.raises(FloatingPointError):
+        adapter.step(1e-3, 1.0)
+    for path, (a, b) in adapter.matrices().items():
+        assert torch.equal(a, before[path][0])
+        assert torch.equal(b, before[path][1])
+
+
+def test_the_folder_loads_in_peft_with_equal_weights(tmp_path: Path) -> None:
+    adapter = make()
+    for _, b in adapter.matrices().values():
+        b.normal_()
+    save_adapter(adapter, tmp_path / "adapter", "base")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    loaded = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    found = dict(loaded.named_parameters())
+    for path, (a, b) in adapter.matrices().items():
+        prefix = f"base_model.model.{path}"
+        assert torch.equal(found[f"{prefix}.lora_A.default.weight"], a)
+        assert torch.equal(found[f"{prefix}.lora_B.default.weight"], b)
+    again = make(init=tmp_path / "adapter", seed=9)
+    for path, (a, b) in adapter.matrices().items():
+        assert torch.equal(again.matrices()[path][0], a)
+        assert torch.equal(again.matrices()[path][1], b)
+
+
+def test_an_adapter_of_another_form_is_refused(tmp_path: Path) -> None:
+    save_adapter(make(), tmp_path / "adapter", "base")
+    with pytest.raises(ValueError, match="expected"):
+        make(r=8, init=tmp_path / "adapter")
+    with pytest.raises(ValueError, match="lacks"):
+        make(("q_proj", "k_proj"), init=tmp_path / "adapter")
+    with pytest.raises(ValueError, match="also trains"):
+        make(("q_proj",), init=tmp_path / "adapter")
