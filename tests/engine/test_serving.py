@@ -25,6 +25,8 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
         demo_model, folder / "log", "--enable-finetuning", "--finetuning-dir",
         str(folder / "finetuning"), "--api-key", KEY, "--max-num-seqs", str(MAX_SEQS),
         "--finetuning-max-lora-rank", "16",
+        # One slot for all served adapters: training must not take it.
+        "--enable-lora", "--max-loras", "1",
     )  # fmt: skip
     yield server
     server.kill()
@@ -132,6 +134,30 @@ def test_the_exported_adapter_gives_the_servers_logits_in_peft(
             logprobs = model(ids).logits[0, -1].log_softmax(-1)
         assert tokenizer.decode(logprobs.argmax()) == choice.text
         assert choice.logprobs.token_logprobs[0] == pytest.approx(float(logprobs.max()), abs=1e-3)
+
+
+def test_stock_vllm_serves_the_exported_adapter(
+    trained, client, server: Server, demo_model: Path, tmp_path: Path
+) -> None:
+    folder = server.log.parent / "finetuning" / "jobs" / trained.id / "adapter"
+    stock = Server(
+        demo_model, tmp_path / "log", "--enable-lora", "--lora-modules", f"loud={folder}"
+    )
+    try:
+        theirs = generate(stock.client(), PROMPTS[:4], "loud")
+    finally:
+        stock.kill()
+    ours = generate(client, PROMPTS[:4], trained.fine_tuned_model)
+    assert [c.text for c in theirs] == [c.text for c in ours]
+
+
+def test_a_served_adapter_answers_the_same_beside_a_job(
+    trained, client: openai.OpenAI, request: pytest.FixtureRequest
+) -> None:
+    before = generate(client, PROMPTS[:4], trained.fine_tuned_model)
+    request.getfixturevalue("long_job")
+    beside = generate(client, PROMPTS[:4], trained.fine_tuned_model)
+    assert [c.text for c in beside] == [c.text for c in before]
 
 
 def test_a_job_continues_from_an_adapter(trained, client: openai.OpenAI) -> None:
