@@ -31,6 +31,7 @@ def add_flags(parser: Any) -> None:
         description="LoRA finetuning inside the serving iterations (flexllm-vllm).",
     )
     defaults = FinetuningConfig()
+    # SUPPRESS: vLLM's help would add a second "(default: None)".
     group.add_argument(
         "--enable-finetuning",
         action="store_true",
@@ -41,39 +42,39 @@ def add_flags(parser: Any) -> None:
     group.add_argument(
         "--finetuning-dir",
         type=Path,
-        default=None,
+        default=argparse.SUPPRESS,
         help=f"Folder of files, jobs and adapters. (default: {default_dir()})",
     )
     group.add_argument(
         "--finetuning-max-jobs",
         type=int,
-        default=None,
+        default=argparse.SUPPRESS,
         help=f"Jobs that train at once; others are queued. (default: {defaults.max_jobs})",
     )
     group.add_argument(
         "--finetuning-max-lora-rank",
         type=int,
-        default=None,
+        default=argparse.SUPPRESS,
         help=f"Largest LoRA rank a job may ask for. (default: {defaults.max_lora_rank})",
     )
     group.add_argument(
         "--finetuning-max-tokens",
         type=int,
-        default=None,
+        default=argparse.SUPPRESS,
         help="Finetuning tokens an iteration may hold; with inference in it, it holds fewer. "
         f"(default: {defaults.max_tokens})",
     )
     group.add_argument(
         "--finetuning-activation-cache-tokens",
         type=int,
-        default=None,
+        default=argparse.SUPPRESS,
         help="Tokens whose activations can be kept for their backward; also the longest sequence "
         f"that can be trained. (default: {defaults.activation_cache_tokens})",
     )
     group.add_argument(
         "--finetuning-tpot-slo-ms",
         type=float,
-        default=None,
+        default=argparse.SUPPRESS,
         help="Latency target in milliseconds of an iteration that holds inference tokens; "
         "finetuning takes what fits. (default: a fixed small number of tokens)",
     )
