@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+
 from flexllm_vllm.patches import require
 
 Segment = tuple[int, "slice | torch.Tensor"]

@@ -11,7 +11,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
-from flexllm_vllm.patches import cpu_linear_weights, cpu_lora_ops
+from flexllm_vllm.patches import cpu_attention_layout, cpu_linear_weights, cpu_lora_ops
 from flexllm_vllm.plan import StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import ActivationCache
 from flexllm_vllm.worker.kv_layout import check_kv_layout
@@ -48,6 +48,7 @@ class FinetuningWorker(CPUWorker):
         self._finetuning = config
         self._trainer: Trainer | None = None
         self._plan: StepPlan | None = None
+        cpu_attention_layout.apply()
         cpu_linear_weights.apply()
         cpu_lora_ops.apply()
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)

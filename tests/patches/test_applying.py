@@ -4,8 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flexllm_vllm.patches import cpu_linear_weights, endpoint_plugins, engine_core, require
 from vllm.model_executor.layers import utils
+
+from flexllm_vllm.patches import (
+    cpu_attention_layout,
+    cpu_linear_weights,
+    endpoint_plugins,
+    engine_core,
+    require,
+)
 
 
 def test_a_missing_attribute_is_named() -> None:
@@ -15,10 +22,12 @@ def test_a_missing_attribute_is_named() -> None:
 
 def test_patches_are_applied_once() -> None:
     from vllm.entrypoints.launchers import app
+    from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.engine.core import EngineCoreProc
 
     for patch, owner, name in (
         (cpu_linear_weights, utils, "dispatch_cpu_unquantized_gemm"),
+        (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
         (endpoint_plugins, app, "attach_endpoint_plugins"),
         (engine_core, EngineCoreProc, "run_busy_loop"),
     ):
@@ -36,3 +45,12 @@ def test_the_plain_weight_stays_beside_the_packed_one() -> None:
     assert torch.equal(layer.weight, weight)
     x = torch.randn(5, 64)
     torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), x @ weight.t())
+
+
+def test_bfloat16_with_amx_gets_a_layout_that_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import cpu_attn
+
+    cpu_attention_layout.apply()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert cpu_attn._get_attn_isa.__wrapped__(torch.bfloat16, 128, 64) == "amx"
+    assert cpu_attn._get_attn_isa(torch.bfloat16, 128, 64) == "vec"

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from flexllm_vllm.patches import cpu_lora_ops
-from flexllm_vllm.patches.cpu_lora_ops import segments
 from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from flexllm_vllm.patches import cpu_lora_ops
+from flexllm_vllm.patches.cpu_lora_ops import segments
 
 SLOTS, RANK, WIDTH = 3, 8, 24
 OUT = (40, 16, 16)

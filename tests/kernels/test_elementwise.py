@@ -1,0 +1,95 @@
+"""Norm, SwiGLU, rotary embedding and cross-entropy against autograd in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy
+from flexllm_vllm.kernels.lora import LoraGroup, lora_add, lora_backward
+from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
+from flexllm_vllm.kernels.rotary import apply_rotary
+from flexllm_vllm.kernels.swiglu import swiglu, swiglu_backward
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[dtype]
+
+
+@DTYPES
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, dy = (torch.randn(13, 37).to(dtype) for _ in range(2))
+    weight = torch.rand(37).to(dtype) + 0.5
+    leaf = x.double().requires_grad_()
+    y = F.rms_norm(leaf, (37,), weight.double(), 1e-5)
+    y.backward(dy.double())
+    assert_near(rms_norm(x, weight, 1e-5), y.detach(), dtype)
+    assert_near(rms_norm_backward(dy, x, weight, 1e-5), leaf.grad, dtype)
+
+
+@DTYPES
+def test_swiglu(dtype: torch.dtype) -> None:
+    x, dy = torch.randn(13, 2 * 29).to(dtype), torch.randn(13, 29).to(dtype)
+    leaf = x.double().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    y = F.silu(gate) * up
+    y.backward(dy.double())
+    assert_near(swiglu(x), y.detach(), dtype)
+    assert_near(swiglu_backward(dy, x), leaf.grad, dtype)
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("rotary_dim", [16, 8])
+def test_rotary_is_vllms_and_its_backward_is_the_negative_angle(
+    neox: bool, rotary_dim: int
+) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    with set_current_vllm_config(VllmConfig()):
+        rope = RotaryEmbedding(16, rotary_dim, 64, 10000.0, neox, torch.float32)
+    positions = torch.tensor([0, 5, 63, 17])
+    x = torch.randn(4, 3, 16)
+    expected, _ = rope.forward_native(positions, x.flatten(1).clone(), x.flatten(1).clone())
+    cos, sin = rope.cos_sin_cache[positions].chunk(2, dim=-1)
+    torch.testing.assert_close(apply_rotary(x, cos, sin, neox).flatten(1), expected)
+    leaf, dy = x.clone().requires_grad_(), torch.randn_like(x)
+    apply_rotary(leaf, cos, sin, neox).backward(dy)
+    torch.testing.assert_close(apply_rotary(dy, cos, -sin, neox), leaf.grad)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_linear_cross_entropy(dtype: torch.dtype, rows: int) -> None:
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(101, 24).to(dtype)
+    targets = torch.randint(0, 101, (rows,))
+    leaf = x.double().requires_grad_()
+    loss = F.cross_entropy(0.7 * leaf @ weight.double().t(), targets, reduction="sum")
+    (loss / 9).backward()
+    got, dx = linear_cross_entropy(x, weight, targets, 1 / 9, 0.7)
+    assert got == pytest.approx(float(loss.detach()), rel=TOLERANCE[dtype])
+    assert_near(dx, leaf.grad, dtype)
+
+
+@DTYPES
+def test_lora_of_targets_that_share_their_input(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    r, columns = 4, ((0, 24), (32, 40))
+    x, dy = torch.randn(11, 20).to(dtype), torch.randn(11, 40).to(dtype)
+    a, b = torch.randn(2 * r, 20), tuple(torch.randn(e - s, r) for s, e in columns)
+    leaves = [t.to(dtype).double().requires_grad_() for t in (x, a, *b)]
+    y = torch.zeros(11, 40, dtype=torch.float64)
+    for i, (start, end) in enumerate(columns):
+        u = leaves[0] @ leaves[1][i * r : (i + 1) * r].t()
+        y = y + F.pad(1.5 * u @ leaves[2 + i].t(), (start, 40 - end))
+    y.backward(dy.double())
+    group = LoraGroup(a, b, columns, 1.5)
+    grad = LoraGroup(torch.zeros_like(a), tuple(torch.zeros_like(m) for m in b), columns, 1.5)
+    dx = torch.zeros_like(x)
+    lora_backward(dy, x, group, grad, dx)
+    assert_near(lora_add(torch.zeros(11, 40).to(dtype), x, group), y.detach(), dtype)
+    for got, leaf in zip((dx, grad.a, *grad.b), leaves, strict=True):
+        assert_near(got, leaf.grad, dtype)
