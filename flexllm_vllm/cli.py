@@ -111,9 +111,12 @@ def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -
         device: vLLM's platform, ``"cpu"`` or another.
     """
     conflicts = {
-        "--scheduler-cls": (engine_args.scheduler_cls, "finetuning brings its own scheduler"),
+        "--scheduler-cls": (
+            engine_args.scheduler_cls not in (None, SCHEDULER),
+            "finetuning brings its own scheduler",
+        ),
         "--worker-cls": (
-            engine_args.worker_cls not in ("auto", None) and engine_args.worker_cls,
+            engine_args.worker_cls not in ("auto", None, WORKER),
             "finetuning brings its own worker",
         ),
         "--headless": (getattr(args, "headless", False), "it has no API server"),
@@ -218,7 +221,13 @@ def install() -> None:
 
             check_vllm_release(vllm.__version__)
             check_combination(engine_args, args, current_platform.device_type)
+            before = dict(vars(engine_args))
             apply_to_engine_args(engine_args, config)
+            # With several API servers the flags are handed to processes that turn them into engine
+            # arguments before any plugin is loaded: they must find our choices in the flags.
+            for name, value in vars(engine_args).items():
+                if value is not before[name]:
+                    setattr(args, name, value)
             apply_cpu_defaults()
         return engine_args
 

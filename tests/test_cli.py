@@ -50,6 +50,16 @@ def test_one_flag_is_enough(parser: FlexibleArgumentParser) -> None:
     assert FinetuningConfig.from_dict(args.additional_config[KEY]) == FinetuningConfig()
 
 
+def test_a_process_without_the_plugin_gets_the_same_from_the_flags(
+    parser: FlexibleArgumentParser,
+) -> None:
+    flags = parser.parse_args(["--model", "m", "--enable-finetuning"])
+    ours = AsyncEngineArgs.from_cli_args(flags)
+    assert AsyncEngineArgs.from_cli_args(flags) == ours
+    stock = AsyncEngineArgs.from_cli_args.__wrapped__(AsyncEngineArgs, flags)
+    assert stock == ours
+
+
 def test_without_the_flag_nothing_changes(parser: FlexibleArgumentParser) -> None:
     args, stock = engine_args(parser), AsyncEngineArgs(model="m")
     names = ["scheduler_cls", "worker_cls", "enable_lora", "max_loras", "max_lora_rank"]
