@@ -1,6 +1,7 @@
 """Starts and stops `vllm serve` with the demo model and finetuning."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -72,4 +73,5 @@ def running(
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its engine and its worker
+            process.wait()

@@ -5,7 +5,6 @@ written once into the user's cache folder. Prints the path of the model.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,7 +61,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as name:
             folder = Path(name)
             convert(download(folder), folder, folder / "model")
-            shutil.move(folder / "model", target)
+            try:
+                (folder / "model").rename(target)
+            except OSError:
+                if not target.exists():  # another process may have been faster
+                    raise
     print(target)
 
 

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp=.venv/.flexllm-$(cat pyproject.toml setup/setup.sh setup/vllm-cpu-shim/pyproject.toml | cksum | cut -d' ' -f1)
+# What the installation depends on; the settings of the tools, further down, are no part of it.
+stamp=.venv/.flexllm-$(sed '/^\[tool.ruff\]/,$d' pyproject.toml | cat - setup/setup.sh setup/vllm-cpu-shim/pyproject.toml | cksum | cut -d' ' -f1)
 [ -f "$stamp" ] && exit 0
 
 python=${PYTHON:-python3}

@@ -74,8 +74,8 @@ def main() -> int:
         )
         with BackgroundLoad(client, MODEL_NAME) as load:
             job = follow(client, job.id, load, console)
-        if job.fine_tuned_model is None:
-            console.print(f"the job {job.status}: {job.error}")
+        if job.fine_tuned_model is None or load.failures:
+            console.print(f"the job {job.status}: {job.error}; {load.failures} requests failed")
             return 1
         console.print(f"served as {job.fine_tuned_model}, {job.trained_tokens} tokens trained")
         report_iterations(console, url)

@@ -4,7 +4,7 @@ import statistics
 import threading
 import time
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -25,6 +25,7 @@ class BackgroundLoad:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._gaps: list[float] = []
         self.requests = 0
+        self.failures = 0
 
     def __enter__(self) -> "BackgroundLoad":
         self._thread.start()
@@ -41,8 +42,11 @@ class BackgroundLoad:
 
     def _run(self) -> None:
         while not self._stop.wait(PAUSE):
-            self._ask(QUESTIONS[self.requests % len(QUESTIONS)])
-            self.requests += 1
+            try:
+                self._ask(QUESTIONS[self.requests % len(QUESTIONS)])
+                self.requests += 1
+            except OpenAIError:
+                self.failures += 1
 
     def _ask(self, question: str) -> None:
         stream = self._client.chat.completions.create(

@@ -32,7 +32,8 @@ def follow(client: OpenAI, job_id: str, load: BackgroundLoad, console: Console) 
                 progress.update(
                     task, completed=metrics["step"], total=metrics["total_steps"], status=status
                 )
-                if not console.is_terminal and time.monotonic() - printed > PLAIN_INTERVAL:
+                due = time.monotonic() - printed > PLAIN_INTERVAL or job.status == "succeeded"
+                if not console.is_terminal and due:
                     printed = time.monotonic()
                     console.print(f"step {metrics['step']}/{metrics['total_steps']}  {status}")
             if job.status in ("succeeded", "failed", "cancelled"):

@@ -27,14 +27,14 @@ LLAMAS = {
 class Engine:
     """An engine with a store, for one model."""
 
-    def __init__(self, model: Path, folder: Path, **options: Any) -> None:
+    def __init__(self, model: Path, folder: Path, dtype: str = "float32", **options: Any) -> None:
         self.model = model
         self.folder = folder
         self.store = JobStore(folder / "store")
         flags = {"scheduler_cls": "window_scheduler.WindowScheduler"}
         self.llm = LLM(
             str(model),
-            dtype="float32",
+            dtype=dtype,
             max_model_len=512,
             max_num_seqs=4,
             served_model_name="base",
@@ -123,6 +123,23 @@ def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:
             assert 0.9 * bound < tensor.abs().max() <= bound
         else:
             assert not tensor.any()
+
+
+def test_bfloat16_gradients_point_where_the_exact_ones_do(tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits: a per cent or two on each matrix is its rounding."""
+    engine = Engine(
+        random_llama(tmp_path / "model", **LLAMAS["gqa-tied"]), tmp_path, dtype="bfloat16"
+    )
+    try:
+        init = random_adapter(engine.model, tmp_path / "init")
+        examples = random_examples([90, 41])
+        expected = reference_gradients(engine, init, examples)
+        lora = LoraSpec(r=8, lora_alpha=16)
+        engine.train(examples, lora, init, batch_size=2, n_epochs=1, max_grad_norm=0.0)
+        (got,) = engine.gradients()
+        assert_equal(got, expected, 5e-2)
+    finally:
+        engine.close()
 
 
 def test_twenty_steps_follow_peft(demo_model: Path, tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ def test_pausing_does_not_wait_for_a_job(llm: LLM, running) -> None:
     assert goes_on(*running)
 
 
+def test_the_rewritten_slot_is_what_a_reload_would_bring(llm: LLM, running) -> None:
+    for _ in range(3):
+        time.sleep(0.3)
+        assert llm.collective_rpc(harness.on_worker_slot_survives_a_reload) == [True]
+
+
 @pytest.mark.parametrize(
     "fault", [harness.on_worker_break_backward, harness.on_worker_break_capture]
 )
