@@ -13,7 +13,8 @@ GREETING = """
 Ready at {url}/v1. Try:
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{model}",
-  "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "max_tokens": 32, "temperature": 0}}'
+  "messages": [{{"role": "user", "content": "What is the capital of France?"}}],
+  "max_tokens": 32, "temperature": 0}}'
 
 or train: BASE_URL={url}/v1 .venv/bin/python -m examples.quickstart
 """
