@@ -59,15 +59,17 @@ def lora_add(
 
 def lora_backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     group: LoraGroup,
-    grad: LoraGroup,
+    grad: LoraGroup | None,
     dx: torch.Tensor | None,
-) -> None:
+    g: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Accumulates ``dA``, ``dB`` and adds the adapter's share to ``dx``.
 
     With ``u = x A^T`` and ``g_i = scaling * dy_i B_i``: ``dB_i += scaling * dy_i^T u_i``,
-    ``dA += g^T x``, ``dx += g A``.
+    ``dA += g^T x``, ``dx += g A``. Where ``dx`` is needed before ``x`` is known, it is called
+    twice: without ``x`` and ``grad``, then with them and the ``g`` that the first call returned.
 
     Args:
         dy: ``[num_tokens, out_features]``, gradient of the merged output.
@@ -75,16 +77,24 @@ def lora_backward(
         group: the matrices.
         grad: float32 accumulators shaped like ``group``, updated in place.
         dx: ``[num_tokens, in_features]``, updated in place; None where nobody needs it.
+        g: ``[num_tokens, num_targets * r]``, computed if not given.
+
+    Returns:
+        ``g``.
     """
     r = group.r
-    a = group.a.to(x.dtype)
-    u = x @ a.t()
-    g = torch.empty_like(u)
-    for i, (b, (start, end)) in enumerate(zip(group.b, group.columns, strict=True)):
-        dy_i = dy[:, start:end]
-        torch.mm(dy_i, b.to(x.dtype), out=g[:, i * r : (i + 1) * r])
-        grad.b[i].add_(dy_i.t() @ u[:, i * r : (i + 1) * r], alpha=group.scaling)
-    g *= group.scaling
-    grad.a.add_(g.t() @ x)
+    a = group.a.to(dy.dtype)
+    if g is None:
+        g = dy.new_empty(dy.shape[0], len(group.b) * r)
+        for i, (b, (start, end)) in enumerate(zip(group.b, group.columns, strict=True)):
+            torch.mm(dy[:, start:end], b.to(dy.dtype), out=g[:, i * r : (i + 1) * r])
+        g *= group.scaling
+    if x is not None and grad is not None:
+        u = x @ a.t()
+        for i, (start, end) in enumerate(group.columns):
+            u_i = u[:, i * r : (i + 1) * r]
+            grad.b[i].add_((u_i.t() @ dy[:, start:end]).t(), alpha=group.scaling)
+        grad.a.add_(g.t() @ x)
     if dx is not None:
         dx.addmm_(g, a)
+    return g

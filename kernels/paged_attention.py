@@ -1,6 +1,9 @@
-"""Backward of causal attention for a window of queries, K and V read from vLLM's paged cache."""
+"""Causal attention for a window of queries, K and V read from vLLM's paged cache: the backward, and
+the forward again."""
 
 import torch
+
+from flexllm_vllm.kernels import native
 
 # Queries a block holds. Scores exist for one block at a time, [heads, block, keys so far], and the
 # keys beyond the block's last query are never touched: half of the work of a full square.
@@ -40,7 +43,48 @@ def read_paged_kv(
 
 def attention_backward(
     d_out: torch.Tensor,
-    out: torch.Tensor,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_ids: torch.Tensor,
+    start: int,
+    scale: float,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of causal attention for the queries ``[start, start + num_queries)``.
+
+    Softmax rows are recomputed. With ``P = softmax(scale Q K^T)``, ``dP = dO V^T`` and
+    ``dS = P * (dP - rowsum(P * dP))``: ``dQ = scale dS K``, ``dK += scale dS^T Q``,
+    ``dV += P^T dO`` (FlashAttention-2, arXiv 2307.08691, section 3.1; its ``D = rowsum(dO * O)`` is
+    written in a form that does not need the forward's output).
+
+    Args:
+        d_out: ``[num_queries, num_heads, head_size]``.
+        query: like ``d_out``, with its rotary embedding.
+        kv_cache: one layer's cache, see :func:`read_paged_kv`.
+        block_ids: ``[num_blocks_of_sequence]`` int64.
+        start: position of the first query.
+        scale: of the scores.
+        dk: ``[num_kv_heads, sequence_length, head_size]`` float32, accumulated in place.
+        dv: like ``dk``.
+
+    Returns:
+        dQ ``[num_queries, num_heads, head_size]`` float32.
+    """
+    dq = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    num_queries, num_heads, head_size = query.shape
+    if head_size % native.lanes() == 0 and native.call(
+        "attention_backward", d_out.contiguous(), query.contiguous(), kv_cache, kv_cache.stride(0),
+        kv_cache.stride(1), block_ids, num_queries, start, num_heads, dk.shape[0], head_size,
+        kv_cache.shape[2], scale, dk, dv, dk.stride(0), dq,
+    ):  # fmt: skip
+        return dq
+    key_t, value = read_paged_kv(kv_cache, block_ids, start + num_queries)
+    return attention_backward_torch(d_out, query, key_t, value, start, scale, dk, dv)
+
+
+def attention_backward_torch(
+    d_out: torch.Tensor,
     query: torch.Tensor,
     key_t: torch.Tensor,
     value: torch.Tensor,
@@ -49,58 +93,23 @@ def attention_backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of causal attention for the queries ``[start, start + num_queries)``.
-
-    Softmax rows are recomputed. With ``P = softmax(scale Q K^T)``, ``D = rowsum(dO * O)`` and
-    ``dS = P * (dO V^T - D)``: ``dQ = scale dS K``, ``dK += scale dS^T Q``, ``dV += P^T dO``
-    (FlashAttention-2, arXiv 2307.08691, section 3.1).
-
-    Args:
-        d_out: ``[num_queries, num_heads, head_size]``.
-        out: like ``d_out``, the forward's output.
-        query: like ``d_out``, after rotary embedding.
-        key_t: ``[num_kv_heads, head_size, >= start + num_queries]``, after rotary embedding.
-        value: ``[num_kv_heads, >= start + num_queries, head_size]``.
-        start: position of the first query.
-        scale: of the scores.
-        dk: ``[num_kv_heads, num_tokens, head_size]`` float32 accumulator, updated in place.
-        dv: like ``dk``.
-
-    Returns:
-        dQ, like ``query``.
-    """
+    """:func:`attention_backward` in torch operations, on K and V as :func:`read_paged_kv` gives
+    them."""
     num_queries, num_heads, head_size = query.shape
     num_kv_heads = key_t.shape[0]
     group = num_heads // num_kv_heads
-    dq = torch.empty_like(query)
-    delta = (d_out.float() * out.float()).sum(-1)  # [num_queries, num_heads]
-
-    def by_kv_head(x: torch.Tensor, rows: slice) -> torch.Tensor:
-        """``[n, num_heads, d]`` -> ``[num_kv_heads, group * n, d]``."""
-        n = x[rows].shape[0]
-        return (
-            x[rows]
-            .view(n, num_kv_heads, group, -1)
-            .permute(1, 2, 0, 3)
-            .reshape(num_kv_heads, group * n, -1)
-        )
-
+    dq = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     for first in range(0, num_queries, QUERY_BLOCK):
         rows = slice(first, min(first + QUERY_BLOCK, num_queries))
         n = rows.stop - rows.start
         keys = start + rows.stop
-        q = by_kv_head(query, rows)
-        do = by_kv_head(d_out, rows)
+        q = _by_kv_head(query[rows], num_kv_heads)
+        do = _by_kv_head(d_out[rows], num_kv_heads)
         k_t, v = key_t[:, :, :keys], value[:, :keys]
-
-        scores = torch.matmul(q, k_t).float().mul_(scale)
-        causal = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril_(start + rows.start)
-        scores.view(num_kv_heads, group, n, keys).masked_fill_(~causal, float("-inf"))
-        p = torch.softmax(scores, dim=-1)
-
+        p = _softmax_rows(q, k_t, start + rows.start, n, scale)
         dv[:, :keys].add_(torch.matmul(p.to(do.dtype).transpose(1, 2), do))
         dp = torch.matmul(do, v.transpose(1, 2)).float()
-        ds = dp.sub_(by_kv_head(delta.unsqueeze(-1), rows)).mul_(p).mul_(scale).to(q.dtype)
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale).to(q.dtype)
         dk[:, :keys].add_(torch.matmul(ds.transpose(1, 2), q))
         dq_block = torch.matmul(ds, k_t.transpose(1, 2))
         dq[rows] = (
@@ -109,3 +118,71 @@ def attention_backward(
             .reshape(n, num_heads, head_size)
         )
     return dq
+
+
+def attention_forward(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_ids: torch.Tensor,
+    start: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention again, where its output was not kept.
+
+    Args:
+        query, kv_cache, block_ids, start, scale: as for :func:`attention_backward`.
+
+    Returns:
+        ``[num_queries, num_heads, head_size]`` in the dtype of ``query``.
+    """
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    if head_size % native.lanes() == 0 and native.call(
+        "attention_forward", query, kv_cache, kv_cache.stride(0), kv_cache.stride(1), block_ids,
+        num_queries, start, num_heads, num_kv_heads, head_size, block_size, scale, out,
+    ):  # fmt: skip
+        return out
+    key_t, value = read_paged_kv(kv_cache, block_ids, start + num_queries)
+    return attention_forward_torch(query, key_t, value, start, scale)
+
+
+def attention_forward_torch(
+    query: torch.Tensor, key_t: torch.Tensor, value: torch.Tensor, start: int, scale: float
+) -> torch.Tensor:
+    """:func:`attention_forward` in torch operations."""
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads = key_t.shape[0]
+    out = torch.empty_like(query)
+    for first in range(0, num_queries, QUERY_BLOCK):
+        rows = slice(first, min(first + QUERY_BLOCK, num_queries))
+        n = rows.stop - rows.start
+        keys = start + rows.stop
+        q = _by_kv_head(query[rows], num_kv_heads)
+        p = _softmax_rows(q, key_t[:, :, :keys], start + rows.start, n, scale)
+        out[rows] = (
+            torch.matmul(p.to(q.dtype), value[:, :keys])
+            .view(num_kv_heads, num_heads // num_kv_heads, n, head_size)
+            .permute(2, 0, 1, 3)
+            .reshape(n, num_heads, head_size)
+        )
+    return out
+
+
+def _by_kv_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """``[n, num_heads, d]`` -> ``[num_kv_heads, group * n, d]``."""
+    n, num_heads, d = x.shape
+    group = num_heads // num_kv_heads
+    return x.view(n, num_kv_heads, group, d).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, d)
+
+
+def _softmax_rows(
+    q: torch.Tensor, k_t: torch.Tensor, first: int, n: int, scale: float
+) -> torch.Tensor:
+    """``softmax(scale q k^T)`` of ``n`` queries from position ``first``, causal, in float32."""
+    num_kv_heads, keys = q.shape[0], k_t.shape[2]
+    scores = torch.matmul(q, k_t).float().mul_(scale)
+    causal = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril_(first)
+    scores.view(num_kv_heads, -1, n, keys).masked_fill_(~causal, float("-inf"))
+    return torch.softmax(scores, dim=-1)

@@ -2,25 +2,40 @@
 
 import torch
 
+from flexllm_vllm.kernels import native
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``y = x / sqrt(mean(x^2) + eps) * weight``.
 
     Args:
         x: ``[num_tokens, hidden_size]``.
-        weight: ``[hidden_size]``.
+        weight: ``[hidden_size]``, in the dtype of ``x``.
         eps: added to the mean square.
 
     Returns:
         ``[num_tokens, hidden_size]`` in the dtype of ``x``; computed in float32.
     """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if native.call("rms_norm", x, weight, *x.shape, eps, y):
+        return y
+    return rms_norm_torch(x, weight, eps)
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """:func:`rms_norm` in torch operations."""
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * rstd).mul_(weight.float()).to(x.dtype)
 
 
 def rms_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of :func:`rms_norm` with respect to ``x`` (the weight is frozen).
 
@@ -31,13 +46,31 @@ def rms_norm_backward(
         x: ``[num_tokens, hidden_size]``, the input of the forward.
         weight: ``[hidden_size]``.
         eps: as in the forward.
+        residual: ``[num_tokens, hidden_size]`` float32, added to the result: the gradient that
+            passes by the norm on the residual stream.
 
     Returns:
         ``[num_tokens, hidden_size]`` float32.
     """
+    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    dy, x = dy.contiguous(), x.contiguous()
+    if native.call("rms_norm_backward", dy, x, weight, residual, *x.shape, eps, dx):
+        return dx
+    return rms_norm_backward_torch(dy, x, weight, eps, residual)
+
+
+def rms_norm_backward_torch(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`rms_norm_backward` in torch operations."""
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = x32 * rstd
     g = dy.float() * weight.float()
     projection = (g * normed).mean(-1, keepdim=True)
-    return g.sub_(normed.mul_(projection)).mul_(rstd)
+    dx = g.sub_(normed.mul_(projection)).mul_(rstd)
+    return dx if residual is None else dx.add_(residual)

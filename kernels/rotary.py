@@ -5,27 +5,49 @@ The rotation is orthogonal, so the backward is the rotation by the negative angl
 
 import torch
 
+from flexllm_vllm.kernels import native
+
 
 def apply_rotary(
     x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos_sin: torch.Tensor,
     is_neox_style: bool,
+    inverse: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotates the first ``2 * cos.shape[-1]`` elements of each head.
+    """Rotates the first ``rotary_dim`` elements of each head.
 
     Args:
-        x: ``[num_tokens, num_heads, head_size]``.
-        cos: ``[num_tokens, rotary_dim / 2]``, gathered at the tokens' positions.
-        sin: like ``cos``; pass ``-sin`` for the backward.
+        x: ``[num_tokens, num_heads, head_size]``; any strides, elements of a head adjoining.
+        cos_sin: ``[num_tokens, rotary_dim]`` float32, cosines then sines (vLLM's
+            ``cos_sin_cache`` gathered at the tokens' positions).
         is_neox_style: halves are paired (True) or neighbours are (False).
+        inverse: rotate by the negative angle, as the backward does.
+        out: where to write, shaped like ``x``; may differ in dtype and strides.
 
     Returns:
-        A new tensor shaped and typed like ``x``.
+        ``out``, or a new tensor shaped and typed like ``x``.
     """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    num_tokens, num_heads, head_size = x.shape
+    typed = {torch.float32: 0, torch.bfloat16: 1}.get(out.dtype)
+    if typed is not None and native.call_typed(
+        "rotary", x, typed, x, x.stride(0), x.stride(1), cos_sin, -1.0 if inverse else 1.0,
+        num_tokens, num_heads, head_size, cos_sin.shape[-1] // 2, int(is_neox_style),
+        out, out.stride(0), out.stride(1),
+    ):  # fmt: skip
+        return out
+    return out.copy_(apply_rotary_torch(x, cos_sin, is_neox_style, inverse))
+
+
+def apply_rotary_torch(
+    x: torch.Tensor, cos_sin: torch.Tensor, is_neox_style: bool, inverse: bool = False
+) -> torch.Tensor:
+    """:func:`apply_rotary` in torch operations, into a new tensor."""
+    cos, sin = cos_sin.unsqueeze(1).to(x.dtype).chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
     half = cos.shape[-1]
-    cos = cos.unsqueeze(1).to(x.dtype)
-    sin = sin.unsqueeze(1).to(x.dtype)
     rotated = x[..., : 2 * half]
     if is_neox_style:
         first, second = rotated[..., :half], rotated[..., half:]

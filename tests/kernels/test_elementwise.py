@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy
 from flexllm_vllm.kernels.lora import LoraGroup, lora_add, lora_backward
 from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
-from flexllm_vllm.kernels.rotary import apply_rotary
+from flexllm_vllm.kernels.rotary import apply_rotary, apply_rotary_torch
 from flexllm_vllm.kernels.swiglu import swiglu, swiglu_backward
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -21,24 +21,29 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -
 
 @DTYPES
 def test_rms_norm(dtype: torch.dtype) -> None:
-    x, dy = (torch.randn(13, 37).to(dtype) for _ in range(2))
+    x, dy = (torch.randn(300, 37).to(dtype) for _ in range(2))
     weight = torch.rand(37).to(dtype) + 0.5
     leaf = x.double().requires_grad_()
     y = F.rms_norm(leaf, (37,), weight.double(), 1e-5)
     y.backward(dy.double())
     assert_near(rms_norm(x, weight, 1e-5), y.detach(), dtype)
     assert_near(rms_norm_backward(dy, x, weight, 1e-5), leaf.grad, dtype)
+    residual = torch.randn(300, 37)
+    got = rms_norm_backward(dy, x, weight, 1e-5, residual)
+    assert_near(got, leaf.grad + residual, dtype)
 
 
 @DTYPES
 def test_swiglu(dtype: torch.dtype) -> None:
-    x, dy = torch.randn(13, 2 * 29).to(dtype), torch.randn(13, 29).to(dtype)
+    x, dy = 9 * torch.randn(300, 2 * 29).to(dtype), torch.randn(300, 29).to(dtype)
     leaf = x.double().requires_grad_()
     gate, up = leaf.chunk(2, dim=-1)
     y = F.silu(gate) * up
     y.backward(dy.double())
     assert_near(swiglu(x), y.detach(), dtype)
-    assert_near(swiglu_backward(dy, x), leaf.grad, dtype)
+    gradient, product = swiglu_backward(dy, x)
+    assert_near(gradient, leaf.grad, dtype)
+    assert_near(product, y.detach(), dtype)
 
 
 @pytest.mark.parametrize("neox", [True, False])
@@ -54,11 +59,23 @@ def test_rotary_is_vllms_and_its_backward_is_the_negative_angle(
     positions = torch.tensor([0, 5, 63, 17])
     x = torch.randn(4, 3, 16)
     expected, _ = rope.forward_native(positions, x.flatten(1).clone(), x.flatten(1).clone())
-    cos, sin = rope.cos_sin_cache[positions].chunk(2, dim=-1)
-    torch.testing.assert_close(apply_rotary(x, cos, sin, neox).flatten(1), expected)
+    cos_sin = rope.cos_sin_cache[positions]
+    torch.testing.assert_close(apply_rotary(x, cos_sin, neox).flatten(1), expected)
     leaf, dy = x.clone().requires_grad_(), torch.randn_like(x)
-    apply_rotary(leaf, cos, sin, neox).backward(dy)
-    torch.testing.assert_close(apply_rotary(dy, cos, -sin, neox), leaf.grad)
+    apply_rotary_torch(leaf, cos_sin, neox).backward(dy)
+    torch.testing.assert_close(apply_rotary(dy, cos_sin, neox, inverse=True), leaf.grad)
+
+
+def test_rotary_reads_and_writes_any_layout_and_dtype() -> None:
+    """As the backward uses it: from [heads, tokens, size] accumulators into columns of d_qkv."""
+    accumulator, cos_sin = torch.randn(3, 9, 16), torch.randn(9, 16)
+    merged = torch.zeros(9, 100, dtype=torch.bfloat16)
+    out = merged[:, 20:68].view(9, 3, 16)
+    apply_rotary(accumulator.transpose(0, 1), cos_sin, True, inverse=True, out=out)
+    expected = apply_rotary_torch(accumulator.transpose(0, 1), cos_sin, True, inverse=True)
+    torch.testing.assert_close(merged[:, 20:68].float(), expected.flatten(1), rtol=0.01, atol=0.01)
+    assert not merged[:, :20].any()
+    assert not merged[:, 68:].any()
 
 
 @DTYPES
@@ -93,3 +110,23 @@ def test_lora_of_targets_that_share_their_input(dtype: torch.dtype) -> None:
     assert_near(lora_add(torch.zeros(11, 40).to(dtype), x, group), y.detach(), dtype)
     for got, leaf in zip((dx, grad.a, *grad.b), leaves, strict=True):
         assert_near(got, leaf.grad, dtype)
+
+
+def test_lora_gradients_in_two_calls_are_those_of_one() -> None:
+    x, dy = torch.randn(11, 20), torch.randn(11, 40)
+    group = LoraGroup(torch.randn(4, 20), (torch.randn(40, 4),), ((0, 40),), 0.5)
+    grads = [LoraGroup(torch.zeros(4, 20), (torch.zeros(40, 4),), ((0, 40),), 0.5) for _ in "ab"]
+    once, twice = torch.zeros_like(x), torch.zeros_like(x)
+    lora_backward(dy, x, group, grads[0], once)
+    g = lora_backward(dy, None, group, None, twice)
+    lora_backward(dy, x, group, grads[1], None, g)
+    assert torch.equal(once, twice)
+    assert torch.equal(grads[0].a, grads[1].a)
+    assert torch.equal(grads[0].b[0], grads[1].b[0])
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
+    x = torch.randn(3, 24)
+    x[1, 0] = float("nan")
+    loss, _ = linear_cross_entropy(x, torch.randn(101, 24), torch.tensor([1, 2, 3]), 1.0)
+    assert loss != loss
