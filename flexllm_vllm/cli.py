@@ -5,7 +5,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from flexllm_vllm.config import KEY, FinetuningConfig, default_dir
+from flexllm_vllm.config import (
+    ACTIVATION_DTYPES,
+    ACTIVATION_POLICIES,
+    BASE_WEIGHTS,
+    KEY,
+    FinetuningConfig,
+    default_dir,
+)
 from flexllm_vllm.cpu_defaults import apply_cpu_defaults, default_dtype
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.release import check_vllm_release
@@ -72,12 +79,49 @@ def add_flags(parser: Any) -> None:
         f"that can be trained. (default: {defaults.activation_cache_tokens})",
     )
     group.add_argument(
+        "--finetuning-activation-cache-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        help="The same as a size, such as 2G or 512Mi, in place of the number of tokens.",
+    )
+    group.add_argument(
+        "--finetuning-activation-policy",
+        choices=ACTIVATION_POLICIES,
+        default=argparse.SUPPRESS,
+        help="What is kept of a finetuning token between its forward and its backward: store (no "
+        "matrix product is run twice), balanced, or minimal (only the input of each layer). "
+        f"(default: {defaults.activation_policy})",
+    )
+    group.add_argument(
+        "--finetuning-activation-dtype",
+        choices=ACTIVATION_DTYPES,
+        default=argparse.SUPPRESS,
+        help="Keeps activations in fewer bits than the model computes with; gradients are then "
+        f"approximate. (default: {defaults.activation_dtype}, exact)",
+    )
+    group.add_argument(
+        "--finetuning-base-weights",
+        choices=BASE_WEIGHTS,
+        default=argparse.SUPPRESS,
+        help="On CPU, whether the backward has the linear weights beside the packed form that "
+        "inference uses (two-copies), or unpacks them layer by layer (one-copy: less memory, a "
+        f"few microseconds more a layer in inference). (default: {defaults.base_weights}: "
+        "two-copies for weights below 16 MiB)",
+    )
+    group.add_argument(
         "--finetuning-tpot-slo-ms",
         type=float,
         default=argparse.SUPPRESS,
         help="Latency target in milliseconds of an iteration that holds inference tokens; "
         "finetuning takes what fits. (default: a fixed small number of tokens)",
     )
+
+
+def _size(text: str) -> int:
+    """Bytes of ``2G``, ``512Mi``, ``1.5GiB``: decimal and binary units, as vLLM reads sizes."""
+    from vllm.engine.arg_utils import human_readable_int
+
+    return human_readable_int(text.removesuffix("B"))
 
 
 def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
@@ -97,6 +141,11 @@ def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
             flag = "--" + prefix.replace("_", "-") + next(iter(given)).replace("_", "-")
             raise ValueError(f"{flag} has no effect without --enable-finetuning")
         return None
+    if {"activation_cache_tokens", "activation_cache_bytes"} <= given.keys():
+        raise ValueError(
+            "--finetuning-activation-cache-tokens and --finetuning-activation-cache-bytes say the "
+            "same thing; give one of them"
+        )
     if "dir" in given:
         given["dir"] = Path(given["dir"]).expanduser().absolute()
     return FinetuningConfig(**given)

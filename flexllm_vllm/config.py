@@ -9,6 +9,10 @@ from typing import Any, get_args
 # and worker processes.
 KEY = "finetuning"
 
+ACTIVATION_POLICIES = ("store", "balanced", "minimal")
+ACTIVATION_DTYPES = ("auto", "bfloat16", "int8")
+BASE_WEIGHTS = ("auto", "one-copy", "two-copies")
+
 
 def default_dir() -> Path:
     """Below the user's state folder, as the XDG base directory specification has it."""
@@ -25,8 +29,13 @@ class FinetuningConfig:
         max_jobs: jobs that train at once; more are queued.
         max_lora_rank: largest ``r`` a job may ask for.
         max_tokens: finetuning tokens an iteration may hold.
-        activation_cache_tokens: tokens whose activations the worker can keep; also the longest
-            sequence that can be trained.
+        activation_cache_tokens: tokens whose activations the worker can keep, for adapters on all
+            linear layers; also the longest sequence that they can train.
+        activation_cache_bytes: the same, as a size; takes the place of the tokens.
+        activation_policy: what is kept of a token's forward, the rest is computed again.
+        activation_dtype: how it is kept: ``"auto"`` exactly, the others compressed.
+        base_weights: ``"one-copy"``, ``"two-copies"``, or ``"auto"``: by the size of the layer
+            (``patches/cpu_linear_weights.py``).
         tpot_slo_ms: latency target of an iteration while inference is present; None: finetuning
             takes a fixed small number of tokens then.
     """
@@ -35,7 +44,11 @@ class FinetuningConfig:
     max_jobs: int = 1
     max_lora_rank: int = 64
     max_tokens: int = 256
-    activation_cache_tokens: int = 4096
+    activation_cache_tokens: int = 8192
+    activation_cache_bytes: int | None = None
+    activation_policy: str = "balanced"
+    activation_dtype: str = "auto"
+    base_weights: str = "auto"
     tpot_slo_ms: float | None = None
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
@@ -49,9 +62,17 @@ class FinetuningConfig:
             ("--finetuning-max-jobs", self.max_jobs, 1),
             ("--finetuning-max-tokens", self.max_tokens, 16),
             ("--finetuning-activation-cache-tokens", self.activation_cache_tokens, 64),
+            ("--finetuning-activation-cache-bytes", self.activation_cache_bytes, 1 << 20),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{flag} is {value}, must be at least {least}")
+        for flag, choice, choices in (
+            ("--finetuning-activation-policy", self.activation_policy, ACTIVATION_POLICIES),
+            ("--finetuning-activation-dtype", self.activation_dtype, ACTIVATION_DTYPES),
+            ("--finetuning-base-weights", self.base_weights, BASE_WEIGHTS),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{flag} is {choice}, must be one of {', '.join(choices)}")
         ranks = get_args(MaxLoRARanks)
         if self.max_lora_rank not in ranks:
             raise ValueError(

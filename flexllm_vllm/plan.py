@@ -26,6 +26,7 @@ class TrainAdapter:
         seed: of the initialisation of A.
         init_path: PEFT folder to continue from, or None for a fresh adapter.
         betas, eps, weight_decay: of AdamW.
+        layers_to_transform: decoder layers that get matrices; None for all.
     """
 
     job_id: str
@@ -39,6 +40,7 @@ class TrainAdapter:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    layers_to_transform: tuple[int, ...] | None = None
 
     @property
     def scaling(self) -> float:
@@ -65,7 +67,7 @@ class OpenPack:
     """Sequences of one optimizer batch that run their backward together, as if concatenated.
 
     Attributes:
-        slots: activation-cache slots, one for each row of the concatenation.
+        pages: of the activation cache, for the rows of the concatenation.
         loss_denominator: loss-bearing tokens of the whole optimizer batch (not of this pack), so
             that the gradients of all packs add up to those of the batch's mean loss.
     """
@@ -73,12 +75,12 @@ class OpenPack:
     pack_id: int
     job_id: str
     sequences: tuple[PackedSequence, ...]
-    slots: tuple[int, ...]
+    pages: tuple[int, ...]
     loss_denominator: int
 
     @property
     def num_rows(self) -> int:
-        return len(self.slots)
+        return sum(len(s.targets) for s in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,27 @@ class JobFailure:
     message: str
 
 
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What the scheduler must know of an adapter that the worker has created.
+
+    Attributes:
+        tokens_per_page: of the activation cache.
+        num_pages: of the activation cache, for all adapters together.
+        lowest_layer: the backward ends with this layer.
+    """
+
+    tokens_per_page: int
+    num_pages: int
+    lowest_layer: int
+
+
 @dataclass
 class StepResult:
     """What came of a :class:`StepPlan`.
 
     Attributes:
+        started: adapters that were created, by job id.
         losses: summed loss of a pack's loss-bearing tokens (not yet divided), by pack id; present
             in the iteration in which the pack's loss head was finished.
         grad_norms: total norm before clipping, by job id, of each optimizer step.
@@ -157,6 +175,7 @@ class StepResult:
         failures: jobs in whose work an exception was raised.
     """
 
+    started: dict[str, AdapterLayout] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     grad_norms: dict[str, float] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)

@@ -10,13 +10,14 @@ from flexllm_vllm.api.requests import Lora
 from flexllm_vllm.jobs.types import TARGET_MODULES, LoraSpec
 
 _WHERE = "method.supervised.lora"
-_SETTINGS = ("r", "lora_alpha", "use_rslora", "target_modules")
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform")
 
 
 def resolve_lora(
     wanted: Lora,
     max_lora_rank: int,
     allowed_modules: tuple[str, ...],
+    num_layers: int,
     find_adapter: Callable[[str], str | None],
 ) -> tuple[LoraSpec, str | None]:
     """The adapter to train, and the PEFT folder to start from (None: a fresh adapter).
@@ -49,6 +50,13 @@ def resolve_lora(
             f"{_WHERE}.target_modules",
         )
     given["target_modules"] = tuple(given["target_modules"])
+    layers = given.get("layers_to_transform") or ()
+    if any(layer >= num_layers for layer in layers):
+        raise invalid(
+            f"the model has {num_layers} layers, 0 to {num_layers - 1}; there is no layer "
+            f"{max(layers)}",
+            f"{_WHERE}.layers_to_transform",
+        )
     if "lora_alpha" in given and float(given["lora_alpha"]).is_integer():
         given["lora_alpha"] = int(given["lora_alpha"])  # as PEFT writes it
     spec = LoraSpec(**given, init_from=wanted.init_from)
@@ -71,6 +79,7 @@ def _adapter_settings(name: str, path: Path) -> dict[str, Any]:
             "lora_alpha": config["lora_alpha"],
             "use_rslora": bool(config.get("use_rslora", False)),
             "target_modules": config["target_modules"],
+            "layers_to_transform": _layers(config.get("layers_to_transform")),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"The adapter '{name}' has no readable adapter_config.json on this server"
@@ -86,6 +95,13 @@ def _adapter_settings(name: str, path: Path) -> dict[str, Any]:
         raise invalid(f"The adapter '{name}' trains biases, which is not supported", where)
     settings["target_modules"] = [module for module in TARGET_MODULES if module in modules]
     return settings
+
+
+def _layers(value: Any) -> list[int] | None:
+    """PEFT writes one layer as a number."""
+    if value is None:
+        return None
+    return [int(value)] if isinstance(value, int) else sorted(int(layer) for layer in value)
 
 
 def _comparable(value: Any) -> Any:

@@ -57,9 +57,10 @@ class FinetuningEndpointPlugin:
             load_tokenizer=lambda: _tokenizer(engine_client, args),
             base_models=tuple(base.name for base in models.base_model_paths),
             max_lora_rank=config.max_lora_rank,
-            max_seq_length=min(model_length, config.activation_cache_tokens),
+            max_seq_length=_longest_sequence(model_length, config),
             fetch_iterations=_iterations_of(engine_client),
             find_adapter=_paths_of(adapters),
+            num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
         )
         logger.info("finetuning API ready, files and jobs in %s", config.dir)
 
@@ -87,3 +88,11 @@ def _paths_of(adapters: ServedAdapters) -> Any:
         return adapters[name].lora_path if name in adapters else None
 
     return find
+
+
+def _longest_sequence(model_length: int, config: FinetuningConfig) -> int:
+    """What is known of it here; a cache given in bytes is known to the worker only, and a job that
+    does not fit into it fails when it starts."""
+    if config.activation_cache_bytes is not None:
+        return model_length
+    return min(model_length, config.activation_cache_tokens)

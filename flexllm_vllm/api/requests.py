@@ -103,6 +103,9 @@ class Lora(_Request):
     lora_alpha: Annotated[Number, Field(gt=0)] | None = None
     use_rslora: bool | None = None
     target_modules: list[str] | None = None
+    layers_to_transform: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+    ) = None
     init_from: str | None = None
 
     @field_validator("target_modules")

@@ -156,5 +156,6 @@ def _lora(job: FinetuningJob) -> dict[str, Any]:
         "lora_alpha": job.lora.lora_alpha,
         "use_rslora": job.lora.use_rslora,
         "target_modules": list(job.lora.target_modules),
+        "layers_to_transform": job.lora.layers_to_transform and list(job.lora.layers_to_transform),
         "init_from": job.lora.init_from,
     }

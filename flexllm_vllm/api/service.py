@@ -47,6 +47,7 @@ class FinetuningService:
         max_seq_length: tokens, the server's maximum for one example.
         find_adapter: folder of an adapter that the server knows by this name, or None.
         fetch_iterations: the engine's records of its last iterations.
+        num_layers: decoder layers of the base model.
         max_file_bytes: size limit of an upload.
     """
 
@@ -57,6 +58,7 @@ class FinetuningService:
     max_seq_length: int
     fetch_iterations: FetchIterations
     find_adapter: Callable[[str], str | None]
+    num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
     organization: str = "local"
     max_file_bytes: int = 512 * 1024 * 1024
@@ -97,6 +99,7 @@ class FinetuningService:
             lora_request or Lora(),
             self.max_lora_rank,
             self.target_modules,
+            self.num_layers,
             self.find_adapter,
         )
         path = self._training_file(request.training_file)

@@ -43,14 +43,16 @@ class JobStatus(StrEnum):
 class LoraSpec:
     """The adapter to train, in the words of ``peft.LoraConfig``.
 
-    ``target_modules`` is a subset of :data:`TARGET_MODULES`, in its order. ``init_from`` names a
-    served adapter to continue from.
+    ``target_modules`` is a subset of :data:`TARGET_MODULES`, in its order; ``layers_to_transform``
+    are decoder layers, in order, None for all. ``init_from`` names a served adapter to continue
+    from.
     """
 
     r: int = 16
     lora_alpha: float = 32
     use_rslora: bool = False
     target_modules: tuple[str, ...] = TARGET_MODULES
+    layers_to_transform: tuple[int, ...] | None = None
     init_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +61,11 @@ class LoraSpec:
             raise ValueError(f"target_modules must be some of {TARGET_MODULES}, got {wanted}")
         canonical = tuple(name for name in TARGET_MODULES if name in wanted)
         object.__setattr__(self, "target_modules", canonical)
+        if self.layers_to_transform is not None:
+            layers = tuple(sorted(set(self.layers_to_transform)))
+            if not layers or layers[0] < 0:
+                raise ValueError("layers_to_transform must name layers, counted from 0")
+            object.__setattr__(self, "layers_to_transform", layers)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What the worker asks of a model family."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,6 +17,9 @@ LORA_GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+
+# How much of a layer's forward is kept for its backward; the rest is computed again.
+ActivationPolicy = Literal["store", "balanced", "minimal"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,38 @@ class RowSegment:
     dv: torch.Tensor
 
 
+@dataclass(frozen=True)
+class TrainedLinears:
+    """Which merged linears an adapter has matrices for.
+
+    Attributes:
+        groups: (layer, name of the merged linear).
+    """
+
+    groups: frozenset[tuple[int, str]]
+
+    @classmethod
+    def all(cls, num_layers: int) -> "TrainedLinears":
+        """Every linear of every layer."""
+        return cls(frozenset((layer, name) for layer in range(num_layers) for name in LORA_GROUPS))
+
+    def __contains__(self, group: tuple[int, str]) -> bool:
+        return group in self.groups
+
+    @functools.cached_property
+    def lowest_layer(self) -> int:
+        """The first decoder layer with matrices; below it nothing is differentiated."""
+        return min(layer for layer, _ in self.groups)
+
+
 class LoraMatrices(Protocol):
-    """An adapter as the backward sees it."""
+    """An adapter as the backward sees it.
+
+    Attributes:
+        trained: where it has matrices.
+    """
+
+    trained: TrainedLinears
 
     def group(self, layer: int, name: str) -> LoraGroup | None:
         """Matrices of a merged linear's targets, or None where it has none."""
@@ -66,7 +100,6 @@ class ModelBackward(Protocol):
         num_kv_heads, head_size: of the attention, for the KV-gradient accumulators.
         hidden_size: width of the residual stream.
         dtype: of the weights and activations.
-        saved: name -> width of what a decoder layer keeps for its backward, per token.
     """
 
     num_layers: int
@@ -74,7 +107,6 @@ class ModelBackward(Protocol):
     head_size: int
     hidden_size: int
     dtype: torch.dtype
-    saved: Mapping[str, int]
 
     def linear_shapes(self) -> dict[str, LinearShape]:
         """Shapes of the merged linears of a layer, by their names in ``LORA_GROUPS``."""
@@ -82,15 +114,26 @@ class ModelBackward(Protocol):
     def module_path(self, layer: int, name: str) -> str:
         """Path of a linear (merged or PEFT's name) within the model."""
 
-    def install_capture(self, capture: Capture) -> None:
+    def saved(
+        self, layer: int, policy: ActivationPolicy, trained: TrainedLinears
+    ) -> dict[str, int]:
+        """What a layer keeps for the backward: name -> width per token."""
+
+    def install_capture(self, capture: Capture) -> Callable[[], None]:
         """Registers hooks that call ``capture(layer, name, x, addend)`` in each forward.
 
         What is to be saved is ``x``, or ``x + addend`` where a residual is kept apart.
         ``layer == num_layers`` and name ``"hidden"`` is the input of the final norm.
+
+        Returns:
+            A function that removes the hooks.
         """
 
     def kv_cache(self, layer: int) -> torch.Tensor:
         """The layer's paged KV cache."""
+
+    def rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines ``[num_rows, rotary_dim]`` float32 at these positions."""
 
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
@@ -108,21 +151,24 @@ class ModelBackward(Protocol):
         layer: int,
         d_out: torch.Tensor,
         saved: Mapping[str, torch.Tensor],
-        positions: torch.Tensor,
+        rotary: torch.Tensor,
         segments: list[RowSegment],
         adapter: LoraMatrices,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Runs one layer backward for a window of rows, accumulating the LoRA gradients.
 
         Args:
             layer: index of the layer.
             d_out: ``[num_rows, hidden_size]`` float32, gradient of the layer's output.
             saved: what ``capture`` was given for this layer and these rows.
-            positions: ``[num_rows]`` int64.
+            rotary: ``[num_rows, rotary_dim]``, see :meth:`rotary_table`.
             segments: the sequences that the rows belong to.
             adapter: the job's adapter.
 
         Returns:
-            ``[num_rows, hidden_size]`` float32, gradient of the layer's input (undefined for
-            layer 0, whose input nobody trains).
+            ``[num_rows, hidden_size]`` float32, gradient of the layer's input; None for the
+            adapter's lowest layer, below which nobody needs it.
         """
+
+    def release(self) -> None:
+        """Nothing is in training: frees what is kept between windows."""

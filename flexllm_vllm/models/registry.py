@@ -8,7 +8,7 @@ import torch
 from flexllm_vllm.models.base import ModelBackward
 from flexllm_vllm.models.llama import LlamaBackward
 
-_FAMILIES: dict[str, Callable[[Any], ModelBackward]] = {
+_FAMILIES: dict[str, Callable[[Any, int], ModelBackward]] = {
     "LlamaForCausalLM": LlamaBackward,
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
@@ -23,12 +23,19 @@ def check_architecture(architectures: list[str]) -> None:
         )
 
 
-def build_backward(model: torch.nn.Module, architectures: list[str]) -> ModelBackward:
+def build_backward(
+    model: torch.nn.Module, architectures: list[str], max_jobs: int = 1
+) -> ModelBackward:
     """The backward of a loaded vLLM model.
+
+    Args:
+        model: vLLM's model.
+        architectures: of the model's configuration.
+        max_jobs: adapters that train at once.
 
     Raises:
         ValueError: the architecture is not supported, or this model of it is not.
     """
     check_architecture(architectures)
     name = next(name for name in architectures if name in _FAMILIES)
-    return _FAMILIES[name](model)
+    return _FAMILIES[name](model, max_jobs)

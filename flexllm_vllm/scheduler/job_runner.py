@@ -51,7 +51,6 @@ class JobRunner:
         loop = TrainingLoop(
             claimed.job, claimed.dataset, self._planner.make_packs, self._base_model
         )
-        self._planner.check(loop)
         self._planner.add(loop)
         logger.info(
             "finetuning job %s: %d examples, %d steps",
@@ -65,9 +64,11 @@ class JobRunner:
         result = result or StepResult()
         for job_id, failure in result.failures.items():
             self._fail(job_id, failure)
-        for started in plan.start:
-            if (loop := self._planner.loops.get(started.job_id)) is not None:
-                loop.ready = True
+        for job_id, layout in result.started.items():
+            try:
+                self._planner.started(job_id, layout)
+            except ValueError as error:
+                self._fail(job_id, JobFailure("invalid_training_data", str(error)))
         for pack_id, loss in result.losses.items():
             self._planner.set_loss(pack_id, loss)
         for job_id, grad_norm in result.grad_norms.items():

@@ -63,7 +63,7 @@ class Pack:
     Attributes:
         job_id: the job it belongs to.
         pack_id: new for every attempt, so that the worker never mixes two of them.
-        slots: activation-cache slots while the pack is open.
+        pages: of the activation cache, while the pack is open.
         layer: backward: the layer that is running; ``num_layers`` is the loss head.
         row: backward: rows ``[0, row)`` of that layer are still to be done.
         loss: summed loss of its loss-bearing tokens, None until the worker has reported it.
@@ -73,7 +73,7 @@ class Pack:
     sequences: list[Sequence]
     pack_id: int = field(default_factory=lambda: next(_ids))
     phase: PackPhase = PackPhase.WAITING
-    slots: tuple[int, ...] = ()
+    pages: tuple[int, ...] = ()
     layer: int = -1
     row: int = 0
     loss: float | None = None
@@ -88,7 +88,7 @@ class Pack:
 
     @property
     def is_open(self) -> bool:
-        """It holds KV blocks and activation-cache slots."""
+        """It holds KV blocks and pages of the activation cache."""
         return self.phase in (PackPhase.FORWARD, PackPhase.BACKWARD)
 
     def begin_backward(self, num_layers: int) -> None:

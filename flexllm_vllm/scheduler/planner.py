@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from vllm.lora.request import LoRARequest
 
 from flexllm_vllm.log import get_logger
-from flexllm_vllm.plan import BackwardWindow, OpenPack, PackedSequence, StepPlan
+from flexllm_vllm.plan import (
+    AdapterLayout,
+    BackwardWindow,
+    OpenPack,
+    PackedSequence,
+    StepPlan,
+)
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
-from flexllm_vllm.scheduler.slots import SlotPool
+from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 logger = get_logger(__name__)
@@ -40,19 +46,18 @@ class Planner:
     Args:
         shape: of the model.
         rows: KV blocks and batch rows.
-        cache_slots: tokens the worker's activation cache holds.
 
     Attributes:
         min_window: a smaller backward window is not cut, even where the budget ends before.
         max_window: a larger forward or backward window is not planned; None for no bound.
     """
 
-    def __init__(self, shape: ModelShape, rows: HiddenRows, cache_slots: int) -> None:
+    def __init__(self, shape: ModelShape, rows: HiddenRows) -> None:
         self.min_window = MIN_WINDOW
         self.max_window: int | None = None
         self.shape = shape
         self._rows = rows
-        self._slots = SlotPool(cache_slots)
+        self._pages = PagePool(0)
         self.loops: dict[str, TrainingLoop] = {}
         self._packs: dict[int, Pack] = {}
         self._ended: list[str] = []
@@ -64,26 +69,39 @@ class Planner:
     def has_work(self) -> bool:
         return bool(self.loops or self._ended)
 
-    def make_packs(self, job_id: str, sequences: list[Sequence]) -> list[Pack]:
+    def make_packs(self, loop: TrainingLoop, sequences: list[Sequence]) -> list[Pack]:
         """Packs of half the activation cache, so that two can be open, and half the KV cache."""
+        assert loop.layout is not None
         return make_packs(
-            job_id,
+            loop.job.id,
             sequences,
-            max_rows=self._slots.num_slots // 2,
+            max_rows=self._pages.num_pages // 2 * loop.layout.tokens_per_page,
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
 
-    def check(self, loop: TrainingLoop) -> None:
-        """Raises ValueError for a data set with an example that can never run."""
+    def started(self, job_id: str, layout: AdapterLayout) -> None:
+        """The worker has created a job's adapter.
+
+        Raises:
+            ValueError: its data set has an example that can never run.
+        """
+        loop = self.loops.get(job_id)
+        if loop is None:
+            return
+        if self._pages.num_pages != layout.num_pages:
+            self._pages = PagePool(layout.num_pages)
         longest = max(len(loop.dataset.example(i)[0]) for i in range(len(loop.dataset)))
-        limit = min(self._slots.num_slots, self._rows.num_blocks * self._rows.block_size)
+        kept = layout.num_pages * layout.tokens_per_page
+        in_kv_cache = self._rows.num_blocks * self._rows.block_size
+        limit = min(kept, in_kv_cache)
         if longest - 1 > limit:
             raise ValueError(
                 f"the longest example has {longest} tokens, and this server can train sequences "
-                f"of at most {limit + 1} (activation cache {self._slots.num_slots} tokens, KV "
-                f"cache {self._rows.num_blocks * self._rows.block_size} tokens)"
+                f"of at most {limit + 1} (activation cache {kept} tokens, KV cache {in_kv_cache} "
+                "tokens)"
             )
+        loop.layout = layout
 
     def add(self, loop: TrainingLoop) -> None:
         self.loops[loop.job.id] = loop
@@ -126,8 +144,8 @@ class Planner:
 
     def _close(self, pack: Pack) -> None:
         self._rows.close(pack)
-        self._slots.give_back(pack.slots)
-        pack.slots = ()
+        self._pages.give_back(pack.pages)
+        pack.pages = ()
         self._packs.pop(pack.pack_id, None)
 
     # -- planning ----------------------------------------------------------------------------
@@ -201,13 +219,15 @@ class Planner:
         if pack.row == 0:
             pack.layer -= 1
             pack.row = pack.num_rows
-        if pack.layer < 0:
+        loop = self.loops[pack.job_id]
+        assert loop.layout is not None
+        if pack.layer < loop.layout.lowest_layer:
             pack.phase = PackPhase.DONE
-            # The worker runs backward windows before the forward: blocks and slots are free for
+            # The worker runs backward windows before the forward: blocks and pages are free for
             # the forward windows of this very iteration.
             self._rows.close(pack)
-            self._slots.give_back(pack.slots)
-            pack.slots = ()
+            self._pages.give_back(pack.pages)
+            pack.pages = ()
             self._forget(pack)
 
     def _forget(self, pack: Pack) -> None:
@@ -227,11 +247,13 @@ class Planner:
                     num_tokens -= self._forward(pack, num_tokens, plan)
 
     def _admit(self, loop: TrainingLoop, pack: Pack, plan: StepPlan) -> bool:
-        """Opens a pack if cache slots and KV blocks are there for all of it."""
+        """Opens a pack if pages and KV blocks are there for all of it."""
         assert loop.batch is not None
-        if pack.num_rows > self._slots.num_free or not self._rows.fits(pack):
+        assert loop.layout is not None
+        num_pages = -(-pack.num_rows // loop.layout.tokens_per_page)
+        if num_pages > self._pages.num_free or not self._rows.fits(pack):
             return False
-        pack.slots = self._slots.take(pack.num_rows)
+        pack.pages = self._pages.take(num_pages)
         pack.phase = PackPhase.FORWARD
         self._packs[pack.pack_id] = pack
         lora = LoRARequest(
@@ -247,7 +269,7 @@ class Planner:
                     for s in pack.sequences
                     if s.request is not None
                 ),
-                slots=pack.slots,
+                pages=pack.pages,
                 loss_denominator=loop.batch.loss_denominator,
             )
         )

@@ -37,9 +37,7 @@ class FinetuningScheduler(Scheduler):
         if config is None:
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
         self._rows = HiddenRows(self, config.max_rows)
-        self._planner = Planner(
-            _model_shape(self.vllm_config), self._rows, config.activation_cache_tokens
-        )
+        self._planner = Planner(_model_shape(self.vllm_config), self._rows)
         self._budget = TokenBudget(config.max_tokens, config.tpot_slo_ms)
         self._iterations = IterationLog()
         self._iteration_began = (time.time(), time.perf_counter())

@@ -8,7 +8,7 @@ from typing import Any
 from flexllm_vllm.data.dataset import TokenizedDataset
 from flexllm_vllm.data.order import batches, num_steps
 from flexllm_vllm.jobs.types import FinetuningJob
-from flexllm_vllm.plan import OptimizerStep, SaveAdapter, TrainAdapter
+from flexllm_vllm.plan import AdapterLayout, OptimizerStep, SaveAdapter, TrainAdapter
 from flexllm_vllm.scheduler.learning_rate import learning_rate
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence
 
@@ -47,14 +47,17 @@ class TrainingLoop:
         dataset: its tokenised examples.
         make_packs: splits a batch into packs.
         base_model: path or hub name of the model, recorded in the adapter.
+
+    Attributes:
+        layout: what the worker said of the adapter; None until it has created it.
     """
 
     job: FinetuningJob
     dataset: TokenizedDataset
-    make_packs: Callable[[str, list[Sequence]], list[Pack]]
+    make_packs: Callable[["TrainingLoop", list[Sequence]], list[Pack]]
     base_model: str
     started: bool = False
-    ready: bool = False
+    layout: AdapterLayout | None = None
     saving: bool = False
     batch: Batch | None = None
     step: int = 0
@@ -75,6 +78,11 @@ class TrainingLoop:
         """All steps are planned; the adapter is to be saved."""
         return self.step >= self.total_steps
 
+    @property
+    def ready(self) -> bool:
+        """The worker has its adapter."""
+        return self.layout is not None
+
     def start(self) -> TrainAdapter:
         """What the worker needs to create the adapter."""
         job, t = self.job, self.job.training
@@ -91,6 +99,7 @@ class TrainingLoop:
             betas=(t.adam_beta1, t.adam_beta2),
             eps=t.adam_epsilon,
             weight_decay=t.weight_decay,
+            layers_to_transform=job.lora.layers_to_transform,
         )
 
     def save(self) -> SaveAdapter:
@@ -105,7 +114,7 @@ class TrainingLoop:
             examples = [self.dataset.example(index) for index in indices]
             sequences = [Sequence.of(list(ids), list(mask)) for ids, mask in examples]
             self.batch = Batch(
-                packs=self.make_packs(self.job.id, sequences),
+                packs=self.make_packs(self, sequences),
                 num_tokens=sum(len(ids) for ids, _ in examples),
                 loss_denominator=sum(s.num_loss_tokens for s in sequences),
             )

@@ -1,74 +1,122 @@
 """Activations kept from a finetuning token's forward until its backward."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from flexllm_vllm.worker.activation_codec import ActivationCodec
+
+# Tokens in a page for an adapter on all linear layers; of one that keeps less, more fit into it.
+PAGE_TOKENS = 32
+
+Key = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the values of a token lie within a page, for one adapter.
+
+    A page holds, for each (layer, name) in turn, the rows of all its tokens.
+
+    Attributes:
+        widths: (layer, name) -> elements kept per token.
+        offsets: (layer, name) -> bytes of those before it, per token.
+        token_bytes: bytes per token.
+        tokens_per_page: tokens that a page holds.
+    """
+
+    widths: dict[Key, int]
+    offsets: dict[Key, int]
+    token_bytes: int
+    tokens_per_page: int
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Pages that this many tokens of one pack need."""
+        return -(-num_tokens // self.tokens_per_page)
+
 
 class ActivationCache:
-    """Fixed-size buffers, allocated once and indexed by slot, one slot per token.
+    """A pool of equal pages, allocated once. Which pack holds which page the scheduler decides.
 
     Args:
-        num_slots: tokens it holds.
-        num_layers: decoder layers.
-        saved: name -> width of what a layer keeps per token.
-        hidden_size: width of the input of the final norm, kept for the loss.
-        dtype: of the activations.
+        num_pages: pages of the pool.
+        page_bytes: size of a page.
+        codec: how values are stored.
+        device: where.
     """
 
     def __init__(
-        self,
-        num_slots: int,
-        num_layers: int,
-        saved: Mapping[str, int],
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, num_pages: int, page_bytes: int, codec: ActivationCodec, device: torch.device
     ) -> None:
-        self.num_slots = num_slots
-        self._num_layers = num_layers
-        self._final = torch.zeros(num_slots, hidden_size, dtype=dtype, device=device)
-        self._layers = {
-            name: torch.zeros(num_layers, num_slots, width, dtype=dtype, device=device)
-            for name, width in saved.items()
-        }
+        self.num_pages = num_pages
+        self.page_bytes = page_bytes
+        self.codec = codec
+        # Zeros come from the operating system untouched: pages that are never used cost nothing.
+        self._pool = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all buffers, in bytes."""
-        return sum(x.nbytes for x in (self._final, *self._layers.values()))
+        return self._pool.nbytes
+
+    def layout(self, widths: Mapping[Key, int]) -> TokenLayout:
+        """The layout for an adapter that keeps these values.
+
+        Raises:
+            ValueError: not even one token fits into a page.
+        """
+        offsets, token_bytes = {}, 0
+        for key, width in widths.items():
+            offsets[key] = token_bytes
+            token_bytes += self.codec.row_bytes(width)
+        tokens_per_page = self.page_bytes // max(token_bytes, 1)
+        if tokens_per_page == 0:
+            raise ValueError(f"a token keeps {token_bytes} bytes, a page has {self.page_bytes}")
+        return TokenLayout(dict(widths), offsets, token_bytes, tokens_per_page)
 
     def write(
-        self,
-        layer: int,
-        name: str,
-        slots: torch.Tensor,
-        rows: torch.Tensor,
-        x: torch.Tensor,
-        addend: torch.Tensor | None,
+        self, layout: TokenLayout, pages: list[int], key: Key, start: int, x: torch.Tensor
     ) -> None:
-        """Stores ``x[rows]`` (plus ``addend[rows]``) at ``slots``.
+        """Stores rows ``[start, start + n)`` of a pack.
 
         Args:
-            layer: ``num_layers`` stands for the input of the final norm.
-            name: one of ``saved``.
-            slots: ``[num_finetuning_rows]`` int64.
-            rows: ``[num_finetuning_rows]`` int64, rows of the batch.
-            x: ``[num_batch_rows, width]``.
-            addend: like ``x``.
+            layout: of the pack's adapter.
+            pages: of the pack.
+            key: (layer, name); ``(num_layers, "hidden")`` is the input of the final norm.
+            start: first row.
+            x: ``[n, width]``.
         """
-        values = x.index_select(0, rows)
-        if addend is not None:
-            values += addend.index_select(0, rows)
-        self._buffer(layer, name).index_copy_(0, slots, values)
+        encoded = self.codec.encode(x)
+        for chunk, rows in self._chunks(layout, pages, key, start, start + x.shape[0]):
+            chunk.copy_(encoded[rows].view(chunk.shape))
 
-    def read(self, layer: int, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the layer kept for these tokens: name -> ``[num_slots, width]``."""
-        return {name: self._buffer(layer, name).index_select(0, slots) for name in self._layers}
+    def read(
+        self, layout: TokenLayout, pages: list[int], key: Key, start: int, end: int
+    ) -> torch.Tensor:
+        """Rows ``[start, end)`` of a pack, ``[end - start, width]``."""
+        width = layout.widths[key]
+        encoded = self._pool.new_empty(end - start, self.codec.row_bytes(width))
+        for chunk, rows in self._chunks(layout, pages, key, start, end):
+            encoded[rows].view(chunk.shape).copy_(chunk)
+        return self.codec.decode(encoded, width)
 
-    def read_final(self, slots: torch.Tensor) -> torch.Tensor:
-        """The input of the final norm, ``[num_slots, hidden_size]``."""
-        return self._final.index_select(0, slots)
-
-    def _buffer(self, layer: int, name: str) -> torch.Tensor:
-        return self._final if layer == self._num_layers else self._layers[name][layer]
+    def _chunks(
+        self, layout: TokenLayout, pages: list[int], key: Key, start: int, end: int
+    ) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Pieces of the pool that hold the rows, as large as possible, and which rows they are."""
+        per_page, row_bytes = layout.tokens_per_page, self.codec.row_bytes(layout.widths[key])
+        base = per_page * layout.offsets[key]
+        row = start
+        while row < end:
+            index, first = divmod(row, per_page)
+            count, run = min(per_page - first, end - row), 1
+            if first == 0:
+                # Whole pages that adjoin are one strided copy.
+                while (
+                    row + (run + 1) * per_page <= end and pages[index + run] == pages[index] + run
+                ):
+                    run += 1
+            begin = base + first * row_bytes
+            chunk = self._pool[pages[index] : pages[index] + run, begin : begin + count * row_bytes]
+            yield chunk, slice(row - start, row - start + run * count)
+            row += run * count

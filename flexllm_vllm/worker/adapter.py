@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexllm_vllm.kernels.lora import LoraGroup
-from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward
+from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward, TrainedLinears
 from flexllm_vllm.plan import TrainAdapter
 
 PEFT_PREFIX = "base_model.model."
@@ -19,14 +19,26 @@ class TrainableAdapter:
 
     Attributes:
         spec: what the job asked for.
+        trained: the linears that have matrices.
+
+    Raises:
+        ValueError: ``layers_to_transform`` names a layer that the model does not have.
     """
 
     def __init__(self, spec: TrainAdapter, model: ModelBackward) -> None:
         self.spec = spec
         self._layout: dict[tuple[int, str], list[tuple[str, torch.Size, int]]] = {}
         self._model = model
+        layers = list(range(model.num_layers))
+        if spec.layers_to_transform is not None:
+            wanted = set(spec.layers_to_transform)
+            if not wanted <= set(layers):
+                raise ValueError(
+                    f"layers_to_transform names layer {max(wanted)}, the model has {len(layers)}"
+                )
+            layers = sorted(wanted)
         offset = 0
-        for layer in range(model.num_layers):
+        for layer in layers:
             for name, shape in model.linear_shapes().items():
                 targets = [t for t in LORA_GROUPS[name] if t in spec.target_modules]
                 if not targets:
@@ -38,6 +50,7 @@ class TrainableAdapter:
                     entries.append((target, torch.Size((width, spec.r)), offset))
                     offset += width * spec.r
                 self._layout[layer, name] = entries
+        self.trained = TrainedLinears(frozenset(self._layout))
         # Plain tensors: vLLM runs the worker in inference mode, whose tensors cannot be updated
         # outside of it.
         with torch.inference_mode(False):
@@ -45,7 +58,11 @@ class TrainableAdapter:
             self._grads = torch.zeros(offset)
             self._pack_grads = torch.zeros(offset)
             self._optimizer = torch.optim.AdamW(
-                [self._weights], betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+                [self._weights],
+                betas=spec.betas,
+                eps=spec.eps,
+                weight_decay=spec.weight_decay,
+                fused=True,
             )
         weights = self._weights.detach()
         self._groups = {key: self._views(weights, key) for key in self._layout}

@@ -31,6 +31,7 @@ def save_adapter(adapter: TrainableAdapter, folder: Path, base_model: str) -> No
         lora_alpha=spec.lora_alpha,
         use_rslora=spec.use_rslora,
         target_modules=list(spec.target_modules),
+        layers_to_transform=spec.layers_to_transform and list(spec.layers_to_transform),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",

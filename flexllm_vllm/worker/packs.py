@@ -14,8 +14,8 @@ class PackState:
 
     Attributes:
         spec: as the scheduler opened it.
-        slots: ``[num_rows]`` int64, activation-cache slots.
-        positions: ``[num_rows]`` int64, position of each row in its sequence.
+        pages: of the activation cache.
+        rotary: ``[num_rows, rotary_dim]``, cosines and sines at the rows' positions.
         targets: ``[num_rows]`` int64, -1 where a row carries no loss.
         d_hidden: ``[num_rows, hidden_size]`` float32, gradient of the residual stream at the
             layer that the backward has reached.
@@ -24,8 +24,8 @@ class PackState:
     """
 
     spec: OpenPack
-    slots: torch.Tensor
-    positions: torch.Tensor
+    pages: list[int]
+    rotary: torch.Tensor
     targets: torch.Tensor
     starts: list[int]
     d_hidden: torch.Tensor | None = None
@@ -35,13 +35,13 @@ class PackState:
     loss: float = 0.0
 
     @classmethod
-    def open(cls, spec: OpenPack) -> "PackState":
+    def open(cls, spec: OpenPack, model: ModelBackward) -> "PackState":
         lengths = [len(s.targets) for s in spec.sequences]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         return cls(
             spec=spec,
-            slots=torch.tensor(spec.slots, dtype=torch.int64),
-            positions=torch.cat([torch.arange(n) for n in lengths]),
+            pages=list(spec.pages),
+            rotary=model.rotary_table(torch.cat([torch.arange(n) for n in lengths])),
             targets=torch.tensor([t for s in spec.sequences for t in s.targets]),
             starts=starts,
         )

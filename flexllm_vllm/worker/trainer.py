@@ -1,15 +1,23 @@
 """Executes the finetuning work of an iteration in the worker process."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexllm_vllm.log import get_logger
-from flexllm_vllm.models.base import ModelBackward
-from flexllm_vllm.plan import BackwardWindow, ForwardWindow, JobFailure, StepPlan, StepResult
-from flexllm_vllm.worker.activation_cache import ActivationCache
+from flexllm_vllm.models.base import ActivationPolicy, ModelBackward, TrainedLinears
+from flexllm_vllm.plan import (
+    AdapterLayout,
+    BackwardWindow,
+    ForwardWindow,
+    JobFailure,
+    StepPlan,
+    StepResult,
+)
+from flexllm_vllm.worker.activation_cache import ActivationCache, TokenLayout
 from flexllm_vllm.worker.adapter import TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
 from flexllm_vllm.worker.lora_slots import TrainingSlots
@@ -23,19 +31,31 @@ class Trainer:
 
     An exception in any job's work ends that job and nothing else: it becomes a failure in the
     :class:`StepResult`, and the rest of the job's work in this plan is skipped.
+
+    Args:
+        model: the backward of the loaded model.
+        policy: what is kept of a forward.
+        cache: where it is kept.
+        slots: vLLM's LoRA slots.
     """
 
-    def __init__(self, model: ModelBackward, cache: ActivationCache, slots: TrainingSlots) -> None:
+    def __init__(
+        self,
+        model: ModelBackward,
+        policy: ActivationPolicy,
+        cache: ActivationCache,
+        slots: TrainingSlots,
+    ) -> None:
         self.model = model
+        self._policy: ActivationPolicy = policy
         self._cache = cache
+        self._layouts: dict[str, TokenLayout] = {}
         self._lora_slots = slots
         self.adapters: dict[str, TrainableAdapter] = {}
         self.packs: dict[int, PackState] = {}
         self._result = StepResult()
-        self._capture_rows: torch.Tensor | None = None
-        self._capture_slots: torch.Tensor | None = None
-        self._capturing: list[ForwardWindow] = []
-        model.install_capture(self._capture)
+        self._captures: list[_Capture] = []
+        self._remove_hooks: Callable[[], None] | None = None
 
     def take_result(self) -> StepResult:
         """What came of the plan since the last call."""
@@ -51,7 +71,7 @@ class Trainer:
         for spec in plan.start:
             self._guard(spec.job_id, self._start, spec)
         for pack in plan.open:
-            self.packs[pack.pack_id] = PackState.open(pack)
+            self.packs[pack.pack_id] = PackState.open(pack, self.model)
         for window in plan.backward:
             state = self.packs.get(window.pack_id)
             if state is not None:
@@ -77,15 +97,28 @@ class Trainer:
 
     def _start(self, spec: Any) -> None:
         adapter = TrainableAdapter(spec, self.model)
+        layout = self._cache.layout(kept_per_token(self.model, self._policy, adapter.trained))
         self._lora_slots.add(adapter)
         self.adapters[spec.job_id] = adapter
+        self._layouts[spec.job_id] = layout
+        self._result.started[spec.job_id] = AdapterLayout(
+            layout.tokens_per_page, self._cache.num_pages, adapter.trained.lowest_layer
+        )
+        if self._remove_hooks is None:
+            self._remove_hooks = self.model.install_capture(self._capture)
 
     def _end(self, job_id: str) -> None:
         for pack_id in [i for i, p in self.packs.items() if p.spec.job_id == job_id]:
             del self.packs[pack_id]
         adapter = self.adapters.pop(job_id, None)
         if adapter is not None:
+            del self._layouts[job_id]
             self._lora_slots.remove(adapter.spec.lora_int_id)
+        if not self.adapters and self._remove_hooks is not None:
+            # A server that trains nothing pays nothing.
+            self._remove_hooks()
+            self._remove_hooks = None
+            self.model.release()
 
     def _drop(self, pack_id: int) -> None:
         pack = self.packs.pop(pack_id, None)
@@ -113,18 +146,26 @@ class Trainer:
                 self._result.losses[window.pack_id] = pack.loss
             return
         assert pack.d_hidden is not None
-        adapter = self.adapters[pack.spec.job_id]
+        job_id = pack.spec.job_id
+        adapter, layout = self.adapters[job_id], self._layouts[job_id]
         if window.end == pack.spec.num_rows:
             pack.begin_layer()
-        pack.d_hidden[rows] = self.model.layer_backward(
+        saved = {
+            name: self._cache.read(layout, pack.pages, (layer, name), window.start, window.end)
+            for layer, name in layout.widths
+            if layer == window.layer
+        }
+        d_input = self.model.layer_backward(
             window.layer,
             pack.d_hidden[rows],
-            self._cache.read(window.layer, pack.slots[rows]),
-            pack.positions[rows],
+            saved,
+            pack.rotary[rows],
             pack.segments(window.start, window.end),
             adapter,
         )
-        if window.layer == 0 and window.start == 0:
+        if d_input is not None:
+            pack.d_hidden[rows] = d_input
+        if window.layer == adapter.trained.lowest_layer and window.start == 0:
             adapter.commit_pack_gradients()
             del self.packs[window.pack_id]
 
@@ -134,8 +175,15 @@ class Trainer:
         bearing = (targets >= 0).nonzero().squeeze(1)
         if bearing.numel() == 0:
             return
+        hidden = self._cache.read(
+            self._layouts[pack.spec.job_id],
+            pack.pages,
+            (self.model.num_layers, "hidden"),
+            rows.start,
+            rows.stop,
+        )
         loss, d_hidden = self.model.loss_head(
-            self._cache.read_final(pack.slots[rows][bearing]),
+            hidden[bearing],
             targets[bearing],
             1.0 / pack.spec.loss_denominator,
         )
@@ -159,48 +207,69 @@ class Trainer:
             batch_offsets: first row of each request in the batch, by request id.
             block_ids: the block table of a request.
         """
-        self._capturing = [w for w in windows if w.pack_id in self.packs]
-        if not self._capturing:
-            return
+        windows = [w for w in windows if w.pack_id in self.packs]
         try:
-            self._map_rows(batch_offsets, block_ids)
+            for window in windows:
+                pack = self.packs[window.pack_id]
+                pack.block_ids[window.row_id] = torch.tensor(
+                    block_ids(window.row_id), dtype=torch.int64
+                )
+                first = batch_offsets[window.row_id]
+                self._captures.append(
+                    _Capture(
+                        job_id=pack.spec.job_id,
+                        rows=slice(first, first + window.end - window.start),
+                        pages=pack.pages,
+                        start=pack.offset(window.row_id) + window.start,
+                    )
+                )
         except Exception as error:
-            self._fail_capture(error)
-
-    def _map_rows(
-        self, batch_offsets: dict[str, int], block_ids: Callable[[str], list[int]]
-    ) -> None:
-        rows, slots = [], []
-        for window in self._capturing:
-            pack = self.packs[window.pack_id]
-            first = batch_offsets[window.row_id]
-            offset = pack.offset(window.row_id)
-            rows.append(torch.arange(first, first + window.end - window.start))
-            slots.append(pack.slots[offset + window.start : offset + window.end])
-            pack.block_ids[window.row_id] = torch.tensor(
-                block_ids(window.row_id), dtype=torch.int64
-            )
-        self._capture_rows = torch.cat(rows)
-        self._capture_slots = torch.cat(slots)
+            self._fail_capture({self.packs[w.pack_id].spec.job_id for w in windows}, error)
 
     def end_forward(self) -> None:
         """The forward is over: the next one captures nothing unless it is told to."""
-        self._capture_rows = self._capture_slots = None
-        self._capturing = []
+        self._captures = []
 
     def _capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
-        if self._capture_rows is None or self._capture_slots is None:
-            return
-        try:
-            self._cache.write(layer, name, self._capture_slots, self._capture_rows, x, addend)
-        except Exception as error:
-            self._fail_capture(error)
+        key = (layer, name)
+        for capture in self._captures:
+            layout = self._layouts[capture.job_id]
+            if key not in layout.widths:
+                continue
+            try:
+                values = x[capture.rows]
+                if addend is not None:
+                    values = values + addend[capture.rows]
+                self._cache.write(layout, capture.pages, key, capture.start, values)
+            except Exception as error:
+                self._fail_capture({c.job_id for c in self._captures}, error)
 
-    def _fail_capture(self, error: Exception) -> None:
+    def _fail_capture(self, job_ids: set[str], error: Exception) -> None:
         """Fails the jobs of this forward's windows; the inference rows in it go on."""
         logger.exception("capturing activations failed")
         failure = JobFailure("training_error", f"{type(error).__name__}: {error}")
-        for window in self._capturing:
-            if window.pack_id in self.packs:
-                self._result.failures[self.packs[window.pack_id].spec.job_id] = failure
+        for job_id in job_ids:
+            self._result.failures[job_id] = failure
         self.end_forward()
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """A forward window whose activations are kept: rows of the batch, and where they go."""
+
+    job_id: str
+    rows: slice
+    pages: list[int]
+    start: int
+
+
+def kept_per_token(
+    model: ModelBackward, policy: ActivationPolicy, trained: TrainedLinears
+) -> dict[tuple[int, str], int]:
+    """(layer, name) -> elements that a token keeps; the input of the final norm is always kept."""
+    kept = {
+        (layer, name): width
+        for layer in range(model.num_layers)
+        for name, width in model.saved(layer, policy, trained).items()
+    }
+    return {**kept, (model.num_layers, "hidden"): model.hidden_size}

@@ -1,7 +1,7 @@
 """vLLM's CPU worker, extended: it runs the finetuning part of each iteration's plan."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -9,14 +9,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.kernels import native
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
+from flexllm_vllm.models.base import ActivationPolicy, TrainedLinears
 from flexllm_vllm.patches import cpu_attention_layout, cpu_linear_weights, cpu_lora_ops
 from flexllm_vllm.plan import StepPlan, StepResult
-from flexllm_vllm.worker.activation_cache import ActivationCache
+from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
+from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
 from flexllm_vllm.worker.kv_layout import check_kv_layout
 from flexllm_vllm.worker.lora_slots import TrainingSlots
-from flexllm_vllm.worker.trainer import Trainer
+from flexllm_vllm.worker.trainer import Trainer, kept_per_token
 
 logger = get_logger(__name__)
 
@@ -49,23 +52,49 @@ class FinetuningWorker(CPUWorker):
         self._trainer: Trainer | None = None
         self._plan: StepPlan | None = None
         cpu_attention_layout.apply()
-        cpu_linear_weights.apply()
+        cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_lora_ops.apply()
+        native.library()  # compiled at the first start on a machine, not during the first job
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         # Refuses an unsupported model now, before the KV cache takes the memory.
-        build_backward(self.model_runner.model, self.model_config.architectures)
+        self._backward = build_backward(
+            self.model_runner.model, self.model_config.architectures, self._finetuning.max_jobs
+        )
 
     def determine_available_memory(self) -> int:
         """Leaves room for what training keeps, where vLLM sizes the KV cache by itself."""
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        model = build_backward(self.model_runner.model, self.model_config.architectures)
-        width = model.num_layers * sum(model.saved.values()) + model.hidden_size
-        return available - width * model.dtype.itemsize * self._finetuning.activation_cache_tokens
+        num_pages, page_bytes, _ = self._cache_shape()
+        return available - num_pages * page_bytes
+
+    def _cache_shape(self) -> tuple[int, int, ActivationCodec]:
+        """Pages of the activation cache, bytes of each, and how values are stored in them.
+
+        A page is sized for adapters on all linear layers; others get more tokens into it.
+        """
+        config, model = self._finetuning, self._backward
+        codec = build_codec(model.dtype, cast("ActivationDtype", config.activation_dtype))
+        kept = kept_per_token(model, self._policy, TrainedLinears.all(model.num_layers))
+        page_bytes = PAGE_TOKENS * sum(codec.row_bytes(width) for width in kept.values())
+        if config.activation_cache_bytes is None:
+            num_pages = -(-config.activation_cache_tokens // PAGE_TOKENS)
+        else:
+            num_pages = config.activation_cache_bytes // page_bytes
+            if num_pages == 0:
+                raise ValueError(
+                    f"--finetuning-activation-cache-bytes is {config.activation_cache_bytes}; "
+                    f"{PAGE_TOKENS} tokens of this model take {page_bytes}"
+                )
+        return num_pages, page_bytes, codec
+
+    @property
+    def _policy(self) -> ActivationPolicy:
+        return cast("ActivationPolicy", self._finetuning.activation_policy)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
@@ -74,26 +103,28 @@ class FinetuningWorker(CPUWorker):
 
     @torch.inference_mode()
     def _start_trainer(self) -> None:
-        runner = self.model_runner
-        model = build_backward(runner.model, self.model_config.architectures)
+        runner, model = self.model_runner, self._backward
         check_kv_layout(runner, model.kv_cache(0), model.num_kv_heads, model.head_size, model.dtype)
-        cache = ActivationCache(
-            self._finetuning.activation_cache_tokens,
-            model.num_layers,
-            model.saved,
-            model.hidden_size,
-            model.dtype,
-            self.device,
-        )
-        logger.info(
-            "Finetuning activation cache: %d tokens, %.2f GiB (%.0f KiB a token)",
-            cache.num_slots,
-            cache.num_bytes / 2**30,
-            cache.num_bytes / cache.num_slots / 2**10,
-        )
+        cache = ActivationCache(*self._cache_shape(), self.device)
+        self._announce(cache)
         manager = runner.lora_manager._adapter_manager
-        self._trainer = Trainer(model, cache, TrainingSlots(manager, self.lora_dtype))
+        self._trainer = Trainer(model, self._policy, cache, TrainingSlots(manager, self.lora_dtype))
         runner.model.register_forward_pre_hook(self._before_forward)
+
+    def _announce(self, cache: ActivationCache) -> None:
+        """Says what the cache means to a user: how many long sequences it holds."""
+        tokens = cache.num_pages * PAGE_TOKENS
+        length = min(tokens, 4096, self.model_config.max_model_len)
+        logger.info(
+            "Finetuning activation cache: %.2f GiB, policy %s, %.0f KiB a token; it holds %d "
+            "tokens, or %d sequences of %d",
+            cache.num_bytes / 2**30,
+            self._policy,
+            cache.page_bytes / PAGE_TOKENS / 2**10,
+            tokens,
+            tokens // length,
+            length,
+        )
 
     @property
     def lora_dtype(self) -> torch.dtype:

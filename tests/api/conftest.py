@@ -104,6 +104,7 @@ def server(tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any) 
         max_seq_length=256,
         fetch_iterations=_iterations,
         find_adapter=find_adapter,
+        num_layers=30,
     )
     app.state.finetuning = service
     yield Server(serve(app), app, service, store)

@@ -41,7 +41,11 @@ class Engine:
     """What the plugin and vLLM's model registry ask of an engine client."""
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.model_config = SimpleNamespace(max_model_len=512, model="path/to/demo")
+        self.model_config = SimpleNamespace(
+            max_model_len=512,
+            model="path/to/demo",
+            hf_text_config=SimpleNamespace(num_hidden_layers=30),
+        )
         config = FinetuningConfig(dir=root, activation_cache_tokens=128)
         self.vllm_config = SimpleNamespace(
             model_config=self.model_config, additional_config={KEY: config.to_dict()}

@@ -124,11 +124,11 @@ def on_worker_break_capture(worker: Any) -> None:
     cache = worker._trainer._cache
     working = cache.write
 
-    def broken(layer: int, *args: Any) -> None:
-        if layer == 1:
+    def broken(layout: Any, pages: Any, key: tuple[int, str], *args: Any) -> None:
+        if key[0] == 1:
             cache.write = working
             raise RuntimeError("injected")
-        working(layer, *args)
+        working(layout, pages, key, *args)
 
     cache.write = broken
 
@@ -165,3 +165,12 @@ def on_worker_slot_survives_a_reload(worker: Any) -> bool | None:
         if weights is not None:
             module.set_lora(slot, weights.lora_a, weights.lora_b)
     return all(torch.equal(a, b) for a, b in zip(before, contents(), strict=True))
+
+
+def on_worker_keep(worker: Any, policy: str, dtype: str = "auto") -> None:
+    """Sets what is kept of a forward, and how, for the jobs that start from now on."""
+    from flexllm_vllm.worker.activation_codec import build_codec
+
+    trainer = worker._trainer
+    trainer._policy = policy
+    trainer._cache.codec = build_codec(trainer.model.dtype, dtype)

@@ -51,12 +51,23 @@ def random_llama(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
 
 
 def random_adapter(
-    model: Path, folder: Path, r: int = 8, targets: Sequence[str] = ALL_TARGETS, seed: int = 0
+    model: Path,
+    folder: Path,
+    r: int = 8,
+    targets: Sequence[str] = ALL_TARGETS,
+    seed: int = 0,
+    layers: list[int] | None = None,
 ) -> Path:
     """A PEFT adapter whose B is not zero, so that the gradients of A are not."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=list(targets),
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
     peft = get_peft_model(base, config)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:

@@ -3,6 +3,7 @@
 The reference runs in float64: on CPU float32 autograd itself is up to 3e-4 away from it.
 """
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class Engine:
         assert job.status is JobStatus.SUCCEEDED, job.error
         return job
 
+    def keep(self, policy: str, dtype: str = "auto") -> None:
+        self.llm.collective_rpc(harness.on_worker_keep, args=(policy, dtype))
+
     def gradients(self) -> list[dict[str, torch.Tensor]]:
         """Of each step since the last call, by ``"<path>.A"`` and ``"<path>.B"``."""
         path = self.folder / "gradients.pt"
@@ -78,7 +82,11 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 @pytest.fixture(scope="module", params=LLAMAS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(request.param)
-    engine = Engine(random_llama(folder / "model", **LLAMAS[request.param]), folder)
+    # A small cache, so that batches need several packs.
+    options = {"activation_policy": "store", "activation_cache_tokens": 512}
+    if request.param == "mha-untied":
+        options["base_weights"] = "one-copy"
+    engine = Engine(random_llama(folder / "model", **LLAMAS[request.param]), folder, **options)
     yield engine
     engine.close()
 
@@ -94,6 +102,7 @@ def test_gradients_equal_peft_autograd_whatever_the_windows(engine: Engine) -> N
     examples = random_examples([150, 9, 70])
     expected = reference_gradients(engine, init, examples)
     lora = LoraSpec(r=8, lora_alpha=16)
+    engine.keep("balanced")
     for window in (1, 7, 64, None):
         metadata = {"window": str(window)} if window else None
         engine.train(examples, lora, init, metadata, batch_size=3, n_epochs=1, max_grad_norm=0.0)
@@ -110,6 +119,44 @@ def test_gradients_of_a_subset_of_targets(engine: Engine, targets: tuple[str, ..
     engine.train(examples, lora, init, batch_size=2, n_epochs=1, max_grad_norm=0.0)
     (got,) = engine.gradients()
     assert_equal(got, expected, 1e-4)
+
+
+def test_gradients_of_any_adapter_policy_and_plan(engine: Engine) -> None:
+    """Sequences, targets, layers, policies and windows drawn at random, and a batch of more packs
+    than one, all at once."""
+    rng = random.Random(str(engine.model))
+    for case in range(9):
+        targets = tuple(rng.sample(ALL_TARGETS, rng.randint(1, len(ALL_TARGETS))))
+        layers = sorted(rng.sample(range(3), rng.randint(1, 3)))
+        policy = ("store", "balanced", "minimal")[case % 3]
+        examples = random_examples([rng.randint(2, 200) for _ in range(rng.randint(1, 7))], case)
+        init = random_adapter(engine.model, engine.folder / f"case{case}", 4, targets, case, layers)
+        expected = reference_gradients(engine, init, examples)
+        lora = LoraSpec(r=4, lora_alpha=8, target_modules=targets, layers_to_transform=layers)
+        engine.keep(policy)
+        engine.train(
+            examples, lora, init, {"window": "random"}, batch_size=7, n_epochs=1, max_grad_norm=0.0
+        )
+        (got,) = engine.gradients()
+        assert_equal(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 1e-2), ("int8", 3e-2)])
+def test_compressed_activations_cost_what_the_documentation_says(
+    engine: Engine, dtype: str, bound: float
+) -> None:
+    init = random_adapter(engine.model, engine.folder / dtype)
+    examples = random_examples([150, 9, 70])
+    expected = reference_gradients(engine, init, examples)
+    for policy in ("store", "balanced", "minimal"):
+        engine.keep(policy, dtype)
+        engine.train(
+            examples, LoraSpec(r=8, lora_alpha=16), init, batch_size=3, n_epochs=1,
+            max_grad_norm=0.0,
+        )  # fmt: skip
+        (got,) = engine.gradients()
+        assert_equal(got, expected, bound)
+    engine.keep("balanced")
 
 
 def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:

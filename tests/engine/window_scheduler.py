@@ -1,18 +1,22 @@
 """The finetuning scheduler with the windows that a test asks for, in the job's metadata."""
 
+import random
 from typing import Any
 
 from flexllm_vllm.scheduler import FinetuningScheduler
 
 
 class WindowScheduler(FinetuningScheduler):
-    """``metadata={"window": "7"}`` cuts every forward and backward into windows of 7 tokens."""
+    """``metadata={"window": "7"}`` cuts every forward and backward into windows of 7 tokens,
+    ``{"window": "random"}`` into windows that change from iteration to iteration."""
+
+    _random = random.Random(0)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         windows = [
-            int(loop.job.metadata["window"])
+            self._random.choice((1, 3, 11, 40, 200)) if window == "random" else int(window)
             for loop in self._planner.loops.values()
-            if loop.job.metadata and "window" in loop.job.metadata
+            if loop.job.metadata and (window := loop.job.metadata.get("window"))
         ]
         self._planner.min_window = 1
         self._planner.max_window = windows[0] if windows else None

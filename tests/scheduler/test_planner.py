@@ -1,5 +1,6 @@
 """The planner over whole jobs, with KV blocks but without an engine."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
-from flexllm_vllm.plan import StepPlan
+from flexllm_vllm.plan import AdapterLayout, StepPlan
 from flexllm_vllm.scheduler.pack import Pack, Sequence
+from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
-from flexllm_vllm.scheduler.slots import SlotPool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 LAYERS = 4
+LAYOUT = AdapterLayout(tokens_per_page=8, num_pages=32, lowest_layer=0)
 
 
 class Rows:
@@ -54,7 +56,8 @@ class Rows:
 
 
 def make_loop(planner: Planner, name: str, lengths: list[int], tmp_path: Path,
-              batch_size: int = 4, n_epochs: int = 2) -> TrainingLoop:  # fmt: skip
+              batch_size: int = 4, n_epochs: int = 2,
+              layout: AdapterLayout | None = LAYOUT) -> TrainingLoop:  # fmt: skip
     builder = DatasetBuilder()
     rng = np.random.default_rng(len(lengths))
     for length in lengths:
@@ -68,16 +71,17 @@ def make_loop(planner: Planner, name: str, lengths: list[int], tmp_path: Path,
         error=None, cancel_requested=False, attempts=1, organization_id="local",
     )  # fmt: skip
     loop = TrainingLoop(job, builder.build(), planner.make_packs, "base")
-    loop.ready = True
     planner.add(loop)
+    if layout is not None:
+        planner.started(name, layout)
     return loop
 
 
 class Worker:
     """Checks plans as a worker would have to obey them."""
 
-    def __init__(self, planner: Planner, rows: Rows, slots: int) -> None:
-        self.planner, self.rows, self.slots = planner, rows, slots
+    def __init__(self, planner: Planner, rows: Rows, lowest_layer: int = 0) -> None:
+        self.planner, self.rows, self.lowest_layer = planner, rows, lowest_layer
         self.open: dict[int, Any] = {}
         self.forwarded: dict[int, list[int]] = {}
         self.at: dict[int, tuple[int, int]] = {}
@@ -108,15 +112,17 @@ class Worker:
             self.at[window.pack_id] = following
             if window.layer == LAYERS and window.start == 0:
                 self.planner.set_loss(window.pack_id, 1.0)
-            if following[0] < 0:
+            if following[0] < self.lowest_layer:
                 del self.open[window.pack_id]
                 self.finished += len(spec.sequences)
         for window in plan.forward:
             index = int(window.row_id.split("-")[1])
             assert self.forwarded[window.pack_id][index] == window.start
             self.forwarded[window.pack_id][index] = window.end
-        held = [slot for spec in self.open.values() for slot in spec.slots]
-        assert len(held) == len(set(held)) <= self.slots
+        held = [page for spec in self.open.values() for page in spec.pages]
+        assert len(held) == len(set(held)) <= LAYOUT.num_pages
+        for spec in self.open.values():
+            assert len(spec.pages) == -(-spec.num_rows // LAYOUT.tokens_per_page)
         for step in plan.optimize:
             self.steps[step.job_id] = self.steps.get(step.job_id, 0) + 1
         self.saved += [s.job_id for s in plan.save]
@@ -126,19 +132,20 @@ class Worker:
         return plan
 
 
-def make(slots: int = 256, **rows: int) -> tuple[Planner, Rows, Worker]:
+def make(**rows: int) -> tuple[Planner, Rows, Worker]:
     made = Rows(**rows)
-    planner = Planner(ModelShape(LAYERS, 2.0), made, slots)  # type: ignore[arg-type]
-    return planner, made, Worker(planner, made, slots)
+    planner = Planner(ModelShape(LAYERS, 2.0), made)  # type: ignore[arg-type]
+    return planner, made, Worker(planner, made)
 
 
 @pytest.mark.parametrize("tokens", [16, 33, 100, 1000])
-@pytest.mark.parametrize("slots", [110, 256])
+@pytest.mark.parametrize("num_pages", [14, 32])
 def test_every_sequence_runs_forward_and_backward_once_an_epoch(
-    tokens: int, slots: int, tmp_path: Path
+    tokens: int, num_pages: int, tmp_path: Path
 ) -> None:
-    planner, rows, worker = make(slots)
-    loop = make_loop(planner, "a", [5, 100, 33, 64, 17, 80, 2, 50, 9], tmp_path)
+    planner, rows, worker = make()
+    layout = replace(LAYOUT, num_pages=num_pages)
+    loop = make_loop(planner, "a", [5, 100, 33, 64, 17, 80, 2, 50, 9], tmp_path, layout=layout)
     for _ in range(5000):
         worker.run(tokens)
         if worker.saved:
@@ -151,7 +158,7 @@ def test_every_sequence_runs_forward_and_backward_once_an_epoch(
 
 
 def test_an_iteration_holds_forward_and_backward_windows(tmp_path: Path) -> None:
-    planner, _, worker = make(200)
+    planner, _, worker = make()
     make_loop(planner, "a", [60] * 12, tmp_path, batch_size=12)
     plans = [worker.run(40) for _ in range(30)]
     assert any(p.forward and p.backward for p in plans)
@@ -198,9 +205,28 @@ def test_a_removed_job_gives_everything_back(tmp_path: Path) -> None:
 
 
 def test_an_example_that_can_never_run_is_refused(tmp_path: Path) -> None:
-    planner, _, _ = make(slots=64)
+    planner, _, worker = make()
+    make_loop(planner, "a", [10, 80], tmp_path, layout=None)
+    assert not worker.run(64).forward  # nothing is known of the worker's adapter yet
     with pytest.raises(ValueError, match="longest example has 80 tokens"):
-        planner.check(make_loop(planner, "a", [10, 80], tmp_path))
+        planner.started("a", replace(LAYOUT, num_pages=8))
+
+
+def test_the_backward_ends_with_the_lowest_layer_that_has_matrices(tmp_path: Path) -> None:
+    planner, _, worker = make()
+    worker.lowest_layer = 2
+    make_loop(planner, "a", [20] * 4, tmp_path, layout=replace(LAYOUT, lowest_layer=2))
+    lowest = LAYERS
+    for _ in range(100):
+        plan = worker.run(64)
+        lowest = min([lowest, *(w.layer for w in plan.backward)])
+        for step in plan.optimize:
+            planner.loops[step.job_id].step_done(1.0)
+        if worker.saved:
+            break
+    assert worker.saved == ["a"]
+    assert lowest == 2
+    assert worker.finished == 8
 
 
 def test_nothing_is_planned_without_a_budget(tmp_path: Path) -> None:
@@ -212,8 +238,8 @@ def test_nothing_is_planned_without_a_budget(tmp_path: Path) -> None:
     assert not plan.backward
 
 
-def test_slots_are_handed_out_once() -> None:
-    pool = SlotPool(10)
+def test_pages_are_handed_out_once() -> None:
+    pool = PagePool(10)
     first, second = pool.take(4), pool.take(6)
     assert sorted(first + second) == list(range(10))
     pool.give_back(first)

@@ -1,0 +1,71 @@
+"""The frozen weights of a model, as its backward reads them."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+
+def unwrapped(module: Any) -> Any:
+    """The plain layer below vLLM's LoRA wrapper."""
+    return getattr(module, "base_layer", module)
+
+
+class FrozenWeights:
+    """Linears of each decoder layer: forward by inference's own GEMM, dense for ``dX = dY W``.
+
+    Where a weight exists only in the packed form that inference uses
+    (``patches/cpu_linear_weights.py``), it is unpacked when a layer is asked for, and kept until
+    the backward has moved on: windows of one layer follow each other.
+
+    Args:
+        layers: name -> linear of each decoder layer, LoRA wrappers and all.
+        num_kept: layers whose unpacked weights are kept; as many as jobs train at once.
+    """
+
+    def __init__(self, layers: list[dict[str, Any]], num_kept: int = 1) -> None:
+        self._layers = [{name: unwrapped(m) for name, m in layer.items()} for layer in layers]
+        self._num_kept = num_kept
+        self._unpacked: OrderedDict[tuple[int, str], torch.Tensor] = OrderedDict()
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises ValueError for a layer without a plain weight of this dtype."""
+        for index, layer in enumerate(self._layers):
+            for name, module in layer.items():
+                packed = getattr(module, "packed_weight", None)
+                weight = packed if packed is not None else getattr(module, "weight", None)
+                if weight is None or weight.dim() != 2 or weight.dtype != dtype:
+                    raise ValueError(
+                        f"finetuning needs plain {dtype} weights; layer {index} {name} is "
+                        "quantised or was repacked without keeping its weight"
+                    )
+
+    def project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x W^T + b`` of the whole merged linear, adapter not included."""
+        module = self._layers[layer][name]
+        linear = getattr(module, "cpu_linear", None)
+        if linear is not None:
+            return linear(x, module.weight, module.bias)
+        return torch.nn.functional.linear(x, module.weight, module.bias)
+
+    def bias(self, layer: int, name: str) -> torch.Tensor | None:
+        return self._layers[layer][name].bias
+
+    def dense(self, layer: int, name: str) -> torch.Tensor:
+        """``[out_features, in_features]``, row-major."""
+        module = self._layers[layer][name]
+        packed = getattr(module, "packed_weight", None)
+        if packed is None:
+            return module.weight
+        found = self._unpacked.get((layer, name))
+        if found is None:
+            found = self._unpacked[layer, name] = packed.to_dense()
+            while len(self._unpacked) > self._num_kept * len(self._layers[layer]):
+                self._unpacked.popitem(last=False)
+        else:
+            self._unpacked.move_to_end((layer, name))
+        return found
+
+    def forget(self) -> None:
+        """Frees the unpacked weights: nothing is in training."""
+        self._unpacked.clear()
