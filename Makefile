@@ -1,7 +1,9 @@
 # Each target works from a clean clone.
 PY := .venv/bin/python
 
-.PHONY: demo serve test lint model setup clean
+.PHONY: demo serve test lint bench-train bench-lora model setup clean
+
+DATA ?=
 
 demo: model  ## train an adapter while the server answers, then talk to it
 	$(PY) -m examples.demo
@@ -16,6 +18,12 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench-train: model  ## finetuning alone against HF PEFT; DATA=chat.jsonl adds real data
+	$(PY) -m benchmarks.train --model "$$($(PY) setup/demo_model.py)" $(if $(DATA),--data $(DATA))
+
+bench-lora: model  ## LoRA inference against stock vLLM
+	$(PY) -m benchmarks.lora_cpu --model "$$($(PY) setup/demo_model.py)"
 
 model: setup
 	@$(PY) setup/demo_model.py

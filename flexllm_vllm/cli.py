@@ -15,6 +15,7 @@ from flexllm_vllm.config import (
 )
 from flexllm_vllm.cpu_defaults import apply_cpu_defaults, default_dtype
 from flexllm_vllm.log import get_logger
+from flexllm_vllm.patches import cpu_compilation
 from flexllm_vllm.release import check_vllm_release
 
 logger = get_logger(__name__)
@@ -251,6 +252,7 @@ def install() -> None:
     if getattr(EngineArgs, "_finetuning_flags", False):
         return
     EngineArgs._finetuning_flags = True
+    cpu_compilation.apply_to_platform(lambda c: FinetuningConfig.from_vllm_config(c) is not None)
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__
 

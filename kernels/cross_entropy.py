@@ -11,9 +11,9 @@ import torch
 from flexllm_vllm.kernels import native
 from flexllm_vllm.kernels.linear import input_gradient
 
-# Positions a chunk holds: at a vocabulary of 50k a float32 chunk is 25 MB, large enough for an
-# efficient GEMM and small beside the activation cache.
-CHUNK = 128
+# Positions a chunk holds: at a vocabulary of 50k a float32 chunk is 50 MB, large enough for an
+# efficient GEMM (128 rows are a tenth slower) and small beside the activation cache.
+CHUNK = 256
 
 
 def linear_cross_entropy(
@@ -40,9 +40,14 @@ def linear_cross_entropy(
     """
     dx = torch.empty_like(x)
     loss = 0.0
+    # One buffer for all chunks: fresh pages of this size cost as much as a tenth of the product.
+    buffer = x.new_empty(0 if project else min(CHUNK, x.shape[0]), weight.shape[0])
     for start in range(0, x.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        logits = x[rows] @ weight.t() if project is None else project(x[rows])
+        chunk = x[rows]
+        logits = (
+            project(chunk) if project else torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
+        )
         chunk_loss, gradient = softmax_cross_entropy(logits, targets[rows], scale, logit_scale)
         loss += chunk_loss
         dx[rows] = input_gradient(gradient, weight)

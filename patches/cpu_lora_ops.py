@@ -43,6 +43,15 @@ def segments(slots: torch.Tensor) -> list[Segment]:
     ]
 
 
+def has_adapter_rows(wrapper: Any) -> bool:
+    """Whether a row of the current batch has an adapter.
+
+    Args:
+        wrapper: a ``PunicaWrapperCPU``.
+    """
+    return bool(getattr(wrapper, "_token_segments", ()))
+
+
 class _SegmentedOps:
     """The methods that replace those of ``PunicaWrapperCPU``; names and arguments are vLLM's."""
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import linear
 
 from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy
-from flexllm_vllm.kernels.linear import input_gradient
+from flexllm_vllm.kernels.linear import input_gradient, use_onednn
 from flexllm_vllm.kernels.lora import lora_add, lora_backward
 from flexllm_vllm.kernels.paged_attention import attention_backward, attention_forward
 from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
@@ -205,7 +205,9 @@ class LlamaBackward:
     ) -> tuple[float, torch.Tensor]:
         norm, head = self._decoder.norm, self._lm_head
         weight = head.weight[: self._vocab_size]
-        packed = getattr(head, "cpu_linear", None) if len(head.weight) == len(weight) else None
+        packed = None
+        if len(head.weight) == len(weight) and (weight.dtype != torch.float32 or use_onednn()):
+            packed = getattr(head, "cpu_linear", None)
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
         loss, dx = linear_cross_entropy(
             x,

@@ -13,7 +13,12 @@ from flexllm_vllm.kernels import native
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
 from flexllm_vllm.models.base import ActivationPolicy, TrainedLinears
-from flexllm_vllm.patches import cpu_attention_layout, cpu_linear_weights, cpu_lora_ops
+from flexllm_vllm.patches import (
+    cpu_attention_layout,
+    cpu_compilation,
+    cpu_linear_weights,
+    cpu_lora_ops,
+)
 from flexllm_vllm.plan import StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
@@ -54,6 +59,7 @@ class FinetuningWorker(CPUWorker):
         cpu_attention_layout.apply()
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_lora_ops.apply()
+        cpu_compilation.apply_to_layers()
         native.library()  # compiled at the first start on a machine, not during the first job
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
 
@@ -110,6 +116,7 @@ class FinetuningWorker(CPUWorker):
         manager = runner.lora_manager._adapter_manager
         self._trainer = Trainer(model, self._policy, cache, TrainingSlots(manager, self.lora_dtype))
         runner.model.register_forward_pre_hook(self._before_forward)
+        cpu_compilation.choose_path(runner.model, self._needs_eager)
 
     def _announce(self, cache: ActivationCache) -> None:
         """Says what the cache means to a user: how many long sequences it holds."""
@@ -130,6 +137,11 @@ class FinetuningWorker(CPUWorker):
     def lora_dtype(self) -> torch.dtype:
         """dtype of vLLM's LoRA slots."""
         return self.vllm_config.lora_config.lora_dtype
+
+    def _needs_eager(self) -> bool:
+        """Whether a row of this batch has an adapter; rows in training do."""
+        wrappers = self.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
+        return any(cpu_lora_ops.has_adapter_rows(wrapper) for wrapper in wrappers)
 
     def _before_forward(self, *_: Any) -> None:
         """Maps finetuning rows to the batch, whose order is final now."""

@@ -30,10 +30,18 @@ inline void store(bfloat16* p, float v) {  // round to nearest even; NaN stays N
   p->bits = uint16_t(v != v ? 0x7fc0u : rounded);
 }
 
-// exp to 2 ulp for finite x (Cephes); branch-free, so that loops over it vectorise.
-inline float fast_exp(float x) {
-  x = x < -87.3f ? -87.3f : x;
-  x = x > 88.3f ? 88.3f : x;
+// exp to 2 ulp for |x| < 87.3, clamped beyond; NaN and infinity give NaN (Cephes). Free of branches:
+// the clamp works on the bits because GCC splits a comparison of floats into paths that divide
+// masked lanes, at a tenth of the speed.
+inline float fast_exp(float exact) {
+  uint32_t bits;
+  std::memcpy(&bits, &exact, 4);
+  const uint32_t limit = 0x42ae999au;  // 87.3
+  uint32_t magnitude = bits & 0x7fffffffu;
+  magnitude = magnitude < limit ? magnitude : limit;
+  bits = (bits & 0x80000000u) | magnitude;
+  float x;
+  std::memcpy(&x, &bits, 4);
   float n = __builtin_floorf(x * 1.44269504f + 0.5f);
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -47,7 +55,7 @@ inline float fast_exp(float x) {
   uint32_t scale = uint32_t(int32_t(n) + 127) << 23;
   float s;
   std::memcpy(&s, &scale, 4);
-  return p * s;
+  return p * s + (exact - exact);
 }
 
 #if defined(__AVX512F__)

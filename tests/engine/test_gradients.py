@@ -129,7 +129,7 @@ def test_gradients_of_any_adapter_policy_and_plan(engine: Engine) -> None:
         targets = tuple(rng.sample(ALL_TARGETS, rng.randint(1, len(ALL_TARGETS))))
         layers = sorted(rng.sample(range(3), rng.randint(1, 3)))
         policy = ("store", "balanced", "minimal")[case % 3]
-        examples = random_examples([rng.randint(2, 200) for _ in range(rng.randint(1, 7))], case)
+        examples = random_examples([rng.randint(5, 200) for _ in range(rng.randint(1, 7))], case)
         init = random_adapter(engine.model, engine.folder / f"case{case}", 4, targets, case, layers)
         expected = reference_gradients(engine, init, examples)
         lora = LoraSpec(r=4, lora_alpha=8, target_modules=targets, layers_to_transform=layers)
@@ -157,6 +157,21 @@ def test_compressed_activations_cost_what_the_documentation_says(
         (got,) = engine.gradients()
         assert_equal(got, expected, bound)
     engine.keep("balanced")
+
+
+def test_only_forwards_with_adapter_rows_leave_the_compiled_graph(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    engine.llm.collective_rpc(harness.on_worker_record_paths)
+    greedy = SamplingParams(max_tokens=4, temperature=0)
+    engine.llm.generate({"prompt_token_ids": [5, 6, 7]}, greedy, use_tqdm=False)
+    (paths,) = engine.llm.collective_rpc(harness.on_worker_take_paths)
+    assert paths
+    assert all(paths)
+    engine.train(random_examples([20]), LoraSpec(r=8, lora_alpha=16), batch_size=1, n_epochs=1)
+    engine.gradients()
+    (paths,) = engine.llm.collective_rpc(harness.on_worker_take_paths)
+    assert not all(paths)
 
 
 def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:

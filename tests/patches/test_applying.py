@@ -1,13 +1,17 @@
 """Patches: applied once, and refused where vLLM is another."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import utils
 
+from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.patches import (
     cpu_attention_layout,
+    cpu_compilation,
     cpu_linear_weights,
     endpoint_plugins,
     engine_core,
@@ -54,3 +58,38 @@ def test_bfloat16_with_amx_gets_a_layout_that_can_be_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu_attn._get_attn_isa.__wrapped__(torch.bfloat16, 128, 64) == "amx"
     assert cpu_attn._get_attn_isa(torch.bfloat16, 128, 64) == "vec"
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A Llama's configuration; no weights are needed to configure an engine."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    return tmp_path / "model"
+
+
+def test_vllm_still_turns_compilation_off_for_lora(tiny_model: Path) -> None:
+    """Fails once vLLM compiles LoRA on CPU by itself: then the patch may be needless."""
+    from vllm.config import CompilationMode
+
+    config = EngineArgs(model=str(tiny_model), enable_lora=True).create_engine_config()
+    assert config.compilation_config.mode == CompilationMode.NONE
+
+
+def test_a_finetuning_server_compiles(tiny_model: Path, tmp_path: Path) -> None:
+    from vllm.config import CompilationMode
+
+    cpu_compilation.apply_to_platform(lambda c: FinetuningConfig.from_vllm_config(c) is not None)
+    finetuning = {KEY: FinetuningConfig(dir=tmp_path).to_dict()}
+    args = EngineArgs(model=str(tiny_model), enable_lora=True, additional_config=finetuning)
+    config = args.create_engine_config()
+    assert config.compilation_config.mode != CompilationMode.NONE
+    assert config.lora_config is not None
+    eager = EngineArgs(
+        model=str(tiny_model), enable_lora=True, additional_config=finetuning, enforce_eager=True
+    ).create_engine_config()
+    assert eager.compilation_config.mode == CompilationMode.NONE

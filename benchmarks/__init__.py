@@ -1,0 +1,1 @@
+"""Measurements, each with its own command (``make bench-...``); none of them is a test."""

@@ -1,0 +1,1 @@
+"""LoRA inference on CPU, against stock vLLM: ``make bench-lora``."""

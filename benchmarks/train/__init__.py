@@ -1,0 +1,1 @@
+"""Finetuning alone, against HF PEFT: speed, memory and losses. ``make bench-train``."""

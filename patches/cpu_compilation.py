@@ -1,0 +1,100 @@
+"""torch.compile for LoRA servers on CPU, at no cost to batches without an adapter.
+
+vLLM turns compilation off on CPU as soon as LoRA is enabled, so that a server that merely could
+serve an adapter decodes the base model more slowly. Here the model is compiled as if it had no
+LoRA: the graph is the one of a server without it. A batch that holds an adapter's row, or whose
+activations are captured for finetuning, runs the model eagerly as it does in vLLM
+(``needs_eager`` tells, and sets vLLM's own ``ForwardContext.skip_compiled``).
+Why a patch: the switch is hard-coded (``CpuPlatform.check_and_update_config``), and the wrapped
+layers have no way around their adapter.
+Fits vLLM 0.32. Needless once vLLM compiles LoRA on CPU and skips it where no row has an adapter;
+``tests/patches`` has a test that fails then.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexllm_vllm.patches import require
+
+
+def apply_to_platform(applies: Callable[[Any], bool]) -> None:
+    """Keeps the compilation mode of servers that finetune; once, before a configuration is built.
+
+    Args:
+        applies: whether a ``VllmConfig`` is that of such a server.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = require(CpuPlatform, "check_and_update_config").__func__
+    if getattr(update, "_finetuning", False):
+        return
+
+    @functools.wraps(update)
+    def update_config(cls: Any, vllm_config: Any) -> None:
+        if vllm_config.lora_config is None or not applies(vllm_config):
+            update(cls, vllm_config)
+            return
+        lora, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            update(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    update_config._finetuning = True  # type: ignore[attr-defined]
+    CpuPlatform.check_and_update_config = classmethod(update_config)
+
+
+def apply_to_layers() -> None:
+    """While the model is traced, wrapped layers are the layers they wrap; once, before that."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+
+    linear = require(BaseLinearLayerWithLoRA, "apply")
+    embedding = require(VocabParallelEmbeddingWithLoRA, "forward")
+    if getattr(linear, "_finetuning", False):
+        return
+
+    @functools.wraps(linear)
+    def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.base_layer.quant_method.apply(self.base_layer, x, bias)
+        return linear(self, x, bias)
+
+    @functools.wraps(embedding)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.base_layer.forward(x)
+        return embedding(self, x)
+
+    apply._finetuning = True  # type: ignore[attr-defined]
+    BaseLinearLayerWithLoRA.apply = apply
+    VocabParallelEmbeddingWithLoRA.forward = forward
+
+
+def choose_path(model: torch.nn.Module, needs_eager: Callable[[], bool]) -> None:
+    """Has each forward of a model that is compiled by now choose between graph and layers.
+
+    Args:
+        model: vLLM's model.
+        needs_eager: whether the batch that is about to run has adapter rows or is captured.
+    """
+    from vllm.forward_context import get_forward_context
+
+    def choose(*_: Any) -> None:
+        get_forward_context().skip_compiled = needs_eager()
+
+    model.register_forward_pre_hook(choose)
+    _use_fast_operations(model)
+
+
+def _use_fast_operations(model: torch.nn.Module) -> None:
+    """Under the compiler vLLM's operations are written in torch, to be fused; run eagerly they are
+    slower than its own C++ ones. The graph exists already and is not concerned."""
+    from vllm.model_executor.custom_op import CustomOp
+
+    for module in model.modules():
+        if isinstance(module, CustomOp) and hasattr(module, "_forward_method"):
+            module._forward_method = module.forward_cpu
