@@ -16,6 +16,22 @@ from flexllm_vllm.kernels.linear import input_gradient
 CHUNK = 256
 
 
+_buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+
+
+def _buffer(like: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits of a chunk, kept between calls: fresh pages cost as much as half of the product."""
+    key = (like.device, like.dtype, vocab_size)
+    if key not in _buffers:
+        _buffers[key] = like.new_empty(CHUNK, vocab_size)
+    return _buffers[key]
+
+
+def release_buffers() -> None:
+    """Frees what is kept between calls."""
+    _buffers.clear()
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -40,13 +56,13 @@ def linear_cross_entropy(
     """
     dx = torch.empty_like(x)
     loss = 0.0
-    # One buffer for all chunks: fresh pages of this size cost as much as a tenth of the product.
-    buffer = x.new_empty(0 if project else min(CHUNK, x.shape[0]), weight.shape[0])
     for start in range(0, x.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = x[rows]
         logits = (
-            project(chunk) if project else torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
+            project(chunk)
+            if project
+            else torch.mm(chunk, weight.t(), out=_buffer(x, weight.shape[0])[: len(chunk)])
         )
         chunk_loss, gradient = softmax_cross_entropy(logits, targets[rows], scale, logit_scale)
         loss += chunk_loss

@@ -49,11 +49,15 @@ def lora_add(
         ``y``.
     """
     r = group.r
-    for i, (b, (start, end)) in enumerate(zip(group.b, group.columns, strict=True)):
-        if columns is not None and (start, end) not in columns:
-            continue
-        u = x @ group.a[i * r : (i + 1) * r].to(x.dtype).t()
-        y[:, start:end].addmm_(u, b.to(x.dtype).t(), alpha=group.scaling)
+    wanted = [i for i, c in enumerate(group.columns) if columns is None or c in columns]
+    a = group.a
+    if len(wanted) < len(group.columns):
+        a = torch.cat([a[i * r : (i + 1) * r] for i in wanted])
+    u = x @ a.to(x.dtype).t()
+    for place, i in enumerate(wanted):
+        start, end = group.columns[i]
+        b = group.b[i].to(x.dtype)
+        y[:, start:end].addmm_(u[:, place * r : (place + 1) * r], b.t(), alpha=group.scaling)
     return y
 
 

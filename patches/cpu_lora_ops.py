@@ -9,7 +9,7 @@ Fits vLLM 0.32 (``vllm/lora/punica_wrapper/punica_cpu.py``). The correctness par
 vLLM masks these rows; ``tests/patches`` has a test that fails then.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch
 from flexllm_vllm.patches import require
 
 Segment = tuple[int, "slice | torch.Tensor"]
+# Adds an adapter's product to the merged output ``y`` of its rows, given their input ``x``.
+Product = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def segments(slots: torch.Tensor) -> list[Segment]:
@@ -52,6 +54,35 @@ def has_adapter_rows(wrapper: Any) -> bool:
     return bool(getattr(wrapper, "_token_segments", ()))
 
 
+def know_ranks(manager: Any) -> None:
+    """Has a LoRA manager tell the operations the rank of each adapter that it puts into a slot.
+
+    Args:
+        manager: a ``LoRAModelManager``.
+    """
+    activate = require(manager, "activate_adapter")
+
+    def activate_with_rank(int_id: int) -> bool:
+        activated = activate(int_id)
+        slot = manager.lora_index_to_id.index(int_id)
+        rank = _largest_rank(manager.list_adapters()[int_id])
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.__dict__.setdefault("slot_ranks", {})[slot] = rank
+        return bool(activated)
+
+    manager.activate_adapter = activate_with_rank
+
+
+def _largest_rank(lora_model: Any) -> int:
+    """Of all its matrices: PEFT's ``rank_pattern`` gives some layers another rank than ``r``."""
+    return max(
+        a.shape[-2]
+        for weights in lora_model.loras.values()
+        for a in (weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a])
+        if a is not None
+    )
+
+
 class _SegmentedOps:
     """The methods that replace those of ``PunicaWrapperCPU``; names and arguments are vLLM's."""
 
@@ -59,6 +90,8 @@ class _SegmentedOps:
     _sampler_segments: list[Segment]
     # Rank of the adapter in a slot where it is known: the padding up to the maximum is skipped.
     slot_ranks: dict[int, int]
+    # (address of the linear's first stacked A, slot) -> what adds the adapter's product instead.
+    slot_products: dict[tuple[int, int], Product]
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         _stock_update_metadata(self, *args, **kwargs)
@@ -111,9 +144,16 @@ class _SegmentedOps:
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
+        products = getattr(self, "slot_products", {})
         for slot, rows in self._token_segments:
-            rank = self._rank(slot, lora_b_stacked[0].shape[-1])
             x_rows = x[rows]
+            if products and (add := products.get((lora_a_stacked[0].data_ptr(), slot))):
+                y_rows = y[rows]
+                add(y_rows, x_rows)
+                if not isinstance(rows, slice):
+                    y[rows] = y_rows
+                continue
+            rank = self._rank(slot, lora_b_stacked[0].shape[-1])
             offset = 0
             for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 shrunk = torch.matmul(x_rows, _matrix(a, slot)[:rank].t())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy
+from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy, release_buffers
 from flexllm_vllm.kernels.linear import input_gradient, use_onednn
 from flexllm_vllm.kernels.lora import lora_add, lora_backward
 from flexllm_vllm.kernels.paged_attention import attention_backward, attention_forward
@@ -119,6 +119,7 @@ class LlamaBackward:
 
     def release(self) -> None:
         self._weights.forget()
+        release_buffers()
 
     # -- what is kept ------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ class ActivationCache:
         self.num_pages = num_pages
         self.page_bytes = page_bytes
         self.codec = codec
-        # Zeros come from the operating system untouched: pages that are never used cost nothing.
-        self._pool = torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)
+        # Not cleared: memory that is never used is never taken from the operating system.
+        self._pool = torch.empty(num_pages, page_bytes, dtype=torch.uint8, device=device)
 
     @property
     def num_bytes(self) -> int:

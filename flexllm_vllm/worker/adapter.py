@@ -99,6 +99,13 @@ class TrainableAdapter:
     def group(self, layer: int, name: str) -> LoraGroup | None:
         return self._groups.get((layer, name))
 
+    def group_at(self, path: str) -> LoraGroup | None:
+        """Like :meth:`group`, by the path of the merged linear in the model."""
+        for layer, name in self._groups:
+            if self._model.module_path(layer, name) == path:
+                return self._groups[layer, name]
+        return None
+
     def grad(self, layer: int, name: str) -> LoraGroup:
         return self._pack_groups[layer, name]
 

@@ -114,6 +114,7 @@ class FinetuningWorker(CPUWorker):
         cache = ActivationCache(*self._cache_shape(), self.device)
         self._announce(cache)
         manager = runner.lora_manager._adapter_manager
+        cpu_lora_ops.know_ranks(manager)
         self._trainer = Trainer(model, self._policy, cache, TrainingSlots(manager, self.lora_dtype))
         runner.model.register_forward_pre_hook(self._before_forward)
         cpu_compilation.choose_path(runner.model, self._needs_eager)

@@ -36,7 +36,8 @@ struct Shape {
   long queries, start, heads, kv_heads, head_size, block_size;
   float scale;
   long keys() const { return start + queries; }
-  long padded() const { return round_up(keys(), kKeys); }
+  // A row more than a multiple of 4 KB apart would share its cache sets with all others.
+  long padded() const { return round_up(keys(), kKeys) + kLanes; }
   long group() const { return heads / kv_heads; }
 };
 
