@@ -50,6 +50,8 @@ def lora_add(
     """
     r = group.r
     wanted = [i for i, c in enumerate(group.columns) if columns is None or c in columns]
+    if not wanted:
+        return y
     a = group.a
     if len(wanted) < len(group.columns):
         a = torch.cat([a[i * r : (i + 1) * r] for i in wanted])

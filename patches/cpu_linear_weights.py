@@ -50,16 +50,39 @@ def _dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
     if not (remove_weight and _can_pack(weight) and _wants_one_copy(weight)):
         _stock(layer, remove_weight=False)
         return
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    layer.packed_weight = packed
-    layer.cpu_linear = functools.partial(_linear, packed)
+    layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    layer.cpu_linear = functools.partial(_linear, len(_packed), weight.shape[0])
+    _packed.append(layer.packed_weight)
     layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
+# Packed weights by their number. The compiler can trace neither them nor the operation on them, so
+# that the operation is hidden in one of our own, which takes the number.
+_packed: list[torch.Tensor] = []
+
+
 def _linear(
-    packed: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    number: int, width: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.flexllm_vllm.packed_linear(x, bias, number, width)
+
+
+def _packed_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, number: int, width: int
+) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _packed[number], bias, "none", [], "")
+
+
+def _packed_linear_shape(
+    x: torch.Tensor, bias: torch.Tensor | None, number: int, width: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], width))
+
+
+_library = torch.library.Library("flexllm_vllm", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor? bias, int number, int width) -> Tensor")
+_library.impl("packed_linear", _packed_linear, "CPU")
+_library._register_fake("packed_linear", _packed_linear_shape)
 
 
 def _wants_one_copy(weight: torch.Tensor) -> bool:
