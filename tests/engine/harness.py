@@ -176,15 +176,17 @@ def on_worker_keep(worker: Any, policy: str, dtype: str = "auto") -> None:
     trainer._cache.codec = build_codec(trainer.model.dtype, dtype)
 
 
-def on_worker_record_paths(worker: Any) -> None:
-    """Notes for each forward from now on whether it runs the compiled graph."""
+def on_worker_record_paths(worker: Any) -> bool:
+    """Notes for each forward from now on whether it runs the compiled graph; False without one."""
     from vllm.forward_context import get_forward_context
 
-    assert not worker.model_runner.model.model.do_not_compile
+    if worker.model_runner.model.model.do_not_compile:
+        return False
     worker.compiled_forwards = []
     worker.model_runner.model.register_forward_pre_hook(
         lambda *_: worker.compiled_forwards.append(not get_forward_context().skip_compiled)
     )
+    return True
 
 
 def on_worker_take_paths(worker: Any) -> list[bool]:

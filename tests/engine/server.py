@@ -36,9 +36,14 @@ class Server:
         model: folder of the model.
         log: file for its output.
         flags: of the command line, after the ones that every test server has.
+        compiled: as a user's server is; a minute more to start.
     """
 
-    def __init__(self, model: Path, log: Path, *flags: str, timeout: float = 240) -> None:
+    def __init__(
+        self, model: Path, log: Path, *flags: str, compiled: bool = False, timeout: float = 240
+    ) -> None:
+        if not compiled:
+            flags = (*flags, "--enforce-eager")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log

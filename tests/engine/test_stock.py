@@ -16,7 +16,7 @@ TIE = 1e-4
 @pytest.fixture(scope="module")
 def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("stock")
-    server = Server(demo_model, folder / "log")
+    server = Server(demo_model, folder / "log", compiled=True)
     try:
         for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/finetuning/iterations"):
             assert httpx.get(server.url + path).status_code == 404
@@ -30,7 +30,7 @@ def test_tokens_equal_a_stock_servers_beside_a_running_job(
 ) -> None:
     server = Server(
         demo_model, tmp_path / "log", "--enable-finetuning", "--finetuning-dir",
-        str(tmp_path / "finetuning"),
+        str(tmp_path / "finetuning"), compiled=True,
     )  # fmt: skip
     try:
         client = server.client()
