@@ -12,7 +12,6 @@ from flexllm_vllm.plan import (
     PackedSequence,
     StepPlan,
 )
-from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
 from flexllm_vllm.scheduler.pages import PagePool
@@ -23,10 +22,6 @@ logger = get_logger(__name__)
 # Smaller windows than this leave the GEMMs bound by reading the weights: on 2 cores 16 tokens run
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
 MIN_WINDOW = 16
-
-# Rows of a pack of several sequences: GEMMs hardly gain beyond (on 2 cores 311, 341 and 342 GFLOP/s
-# with 256, 512 and 2048 rows), and a batch of several packs can run forward and backward at once.
-PACK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -75,13 +70,12 @@ class Planner:
         return bool(self.loops or self._ended)
 
     def make_packs(self, loop: TrainingLoop, sequences: list[Sequence]) -> list[Pack]:
-        """Packs of at most half the caches, so that two can be open: while one runs backward, the
-        next runs forward."""
+        """Packs of half the activation cache, so that two can be open, and half the KV cache."""
         assert loop.layout is not None
         return make_packs(
             loop.job.id,
             sequences,
-            max_rows=min(PACK_ROWS, self._pages.num_pages // 2 * loop.layout.tokens_per_page),
+            max_rows=self._pages.num_pages // 2 * loop.layout.tokens_per_page,
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
@@ -156,32 +150,30 @@ class Planner:
 
     # -- planning ----------------------------------------------------------------------------
 
-    def plan(self, budget: Budget) -> StepPlan:
+    def plan(self, num_tokens: int) -> StepPlan:
         """Plans an iteration.
 
         Args:
-            budget: what its finetuning work may cost. Work that is there in both kinds shares it:
-                the forward gets what its tokens cost, up to a part of the whole as large as its
-                part of the cost of a token.
+            num_tokens: finetuning tokens that it may hold; a token's forward through all layers
+                counts as one, and so does its backward.
         """
         plan = StepPlan(end=self._ended, drop=self._dropped)
         self._ended, self._dropped = [], []
         for loop in self.loops.values():
             if not loop.started:
                 plan.start.append(loop.start())
-        left = budget.total
+        units = num_tokens * self.shape.num_layers  # token-layers
         loops = [loop for loop in self.loops.values() if loop.ready]
-        if left > 0:
-            share = budget.forward / (budget.forward + budget.backward) if budget.shared else 0.0
-            wanted = min(left * share, self._forward_rows(loops) * budget.forward)
-            left -= self._plan_backward(loops, left - wanted, budget, plan)
+        if units > 0:
+            wanted = min(units // 2, self._forward_rows(loops) * self.shape.num_layers)
+            units -= self._plan_backward(loops, units - wanted, plan)
         for loop in loops:
             if loop.batch is not None and loop.batch.done:
                 plan.optimize.append(loop.close_batch())
             if loop.finished and not loop.saving:
                 plan.save.append(loop.save())
-        if left > 0:
-            self._plan_forward(loops, min(int(left / budget.forward), budget.max_tokens), plan)
+        if units > 0:
+            self._plan_forward(loops, units // self.shape.num_layers, plan)
         # Who is first next time: jobs take turns.
         if len(self.loops) > 1:
             first = next(iter(self.loops))
@@ -199,17 +191,15 @@ class Planner:
             for sequence in pack.sequences
         )
 
-    def _plan_backward(
-        self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
-    ) -> float:
-        """Plans backward windows for a cost of ``limit``; returns what they cost."""
+    def _plan_backward(self, loops: list[TrainingLoop], units: int, plan: StepPlan) -> int:
+        """Plans backward windows for ``units`` token-layers; returns what they cost."""
         used = 0.0
         for loop in loops:
             for pack in loop.batch.packs if loop.batch else []:
-                while pack.phase is PackPhase.BACKWARD and used < limit:
-                    # Of a token in this layer.
-                    cost = budget.backward * self.layers(pack.layer) / self.shape.num_layers
-                    size = self._window(pack.row, int((limit - used) / cost), self.min_window)
+                while pack.phase is PackPhase.BACKWARD and used < units:
+                    head = pack.layer == self.shape.num_layers
+                    cost = self.shape.loss_head_layers if head else 1.0
+                    size = self._window(pack.row, int((units - used) / cost), self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
@@ -217,11 +207,7 @@ class Planner:
                     self._advance(pack, size)
                 if pack.phase is PackPhase.BACKWARD:
                     break
-        return used
-
-    def layers(self, layer: int) -> float:
-        """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head."""
-        return self.shape.loss_head_layers if layer == self.shape.num_layers else 1.0
+        return int(used)
 
     def _window(self, remaining: int, wanted: int, least: int) -> int:
         """Size of a window that begins with ``remaining`` tokens to go."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -12,10 +11,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
-from flexllm_vllm.scheduler.budget import LatencyBudget
+from flexllm_vllm.scheduler.budget import TokenBudget
 from flexllm_vllm.scheduler.feeder import JobFeeder
 from flexllm_vllm.scheduler.hidden_rows import FinetuningSchedulerOutput, HiddenRows
-from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, inference_work
+from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, count_inference_tokens
 from flexllm_vllm.scheduler.job_runner import JobRunner
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
 
@@ -39,9 +38,8 @@ class FinetuningScheduler(Scheduler):
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
         self._rows = HiddenRows(self, config.max_rows)
         self._planner = Planner(_model_shape(self.vllm_config), self._rows)
-        self._budget = LatencyBudget(config.max_tokens, config.tpot_slo_ms, config.ttft_slo_ms)
+        self._budget = TokenBudget(config.max_tokens, config.tpot_slo_ms)
         self._iterations = IterationLog()
-        self._target_ms: float | None = None
         self._iteration_began = (time.time(), time.perf_counter())
         self._engine_runs: Callable[[], bool] = lambda: True
         self._wake_engine: Callable[[], None] = lambda: None
@@ -90,17 +88,14 @@ class FinetuningScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._iteration_began = (time.time(), time.perf_counter())
-        self._target_ms = None
         output = super().schedule(*args, **kwargs)
         if not (self._may_finetune and self._jobs.has_work):
             return output
         try:
             self._jobs.take_news()
-            left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-            inference = inference_work(output)
-            self._target_ms = self._budget.target_ms(inference)
-            budget = self._budget.budget(inference)
-            plan = self._planner.plan(replace(budget, max_tokens=min(left, budget.max_tokens)))
+            inference_tokens = output.total_num_scheduled_tokens
+            left = self.max_num_scheduled_tokens - inference_tokens
+            plan = self._planner.plan(min(left, self._budget.tokens(inference_tokens)))
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
             logger.exception("planning finetuning work failed")
@@ -142,40 +137,20 @@ class FinetuningScheduler(Scheduler):
 
     def _record(self, output: Any) -> None:
         started, began = self._iteration_began
-        plan = output.finetuning if isinstance(output, FinetuningSchedulerOutput) else None
-        work = inference_work(output)
-        layer_tokens = 0
-        if plan is not None:
-            layers = self._planner.shape.num_layers
+        forward = backward = 0
+        decode, prefill = count_inference_tokens(output)
+        if isinstance(output, FinetuningSchedulerOutput) and output.finetuning is not None:
+            plan = output.finetuning
             forward = sum(w.end - w.start for w in plan.forward)
-            layer_tokens = sum(w.end - w.start for w in plan.backward if w.layer < layers)
-            weighted = sum((w.end - w.start) * self._planner.layers(w.layer) for w in plan.backward)
-            work = replace(
-                work,
-                prefill_tokens=work.prefill_tokens - forward,
-                has_finetuning_rows=float(forward > 0),
-                forward_tokens=float(forward),
-                backward_tokens=weighted / layers,
-                optimizer_steps=float(len(plan.optimize)),
-            )
-        if not (work.has_inference or work.has_finetuning):
+            layers = self._planner.shape.num_layers
+            backward = sum(w.end - w.start for w in plan.backward if w.layer < layers)
+            prefill -= forward
+        if not (decode or prefill or forward or backward):
             return
         duration_ms = 1e3 * (time.perf_counter() - began)
-        self._iterations.add(
-            Iteration(
-                start_time=started,
-                duration_ms=duration_ms,
-                target_ms=self._target_ms,
-                predicted_ms=self._budget.model.predict_ms(work),
-                decode_tokens=int(work.decode_rows),
-                prefill_tokens=int(work.prefill_tokens),
-                finetuning_forward_tokens=int(work.forward_tokens),
-                finetuning_backward_tokens=layer_tokens,
-            )
-        )
-        # An adapter's start and end are no part of what the model describes.
-        if plan is None or not (plan.start or plan.save or plan.end):
-            self._budget.observe(work, duration_ms)
+        self._iterations.add(Iteration(started, duration_ms, decode, prefill, forward, backward))
+        tokens = forward + backward // self._planner.shape.num_layers
+        self._budget.observe(decode + prefill, tokens, duration_ms)
 
 
 def _model_shape(vllm_config: Any) -> ModelShape:
