@@ -137,7 +137,7 @@ class LlamaBackward:
         """See :class:`flexllm_vllm.models.base.ModelBackward`.
 
         ``store`` keeps every value of the chain that is needed: no GEMM is run twice. ``balanced``
-        keeps what costs most to compute for its size, and recomputes the query and gate/up
+        keeps the input and the attention, and recomputes the query, output and gate/up
         projections. ``minimal`` keeps the first value that is needed.
         """
         if layer < trained.lowest_layer:
