@@ -111,11 +111,24 @@ def add_flags(parser: Any) -> None:
     )
     group.add_argument(
         "--finetuning-tpot-slo-ms",
-        type=float,
+        type=_target_ms,
         default=argparse.SUPPRESS,
-        help="Latency target in milliseconds of an iteration that holds inference tokens; "
-        "finetuning takes what fits. (default: a fixed small number of tokens)",
+        help="Latency target in milliseconds of an iteration that holds inference, and so of the "
+        "time per output token; finetuning takes what fits. (default: auto, 2.5 times what the "
+        "iteration takes without finetuning)",
     )
+    group.add_argument(
+        "--finetuning-ttft-slo-ms",
+        type=_target_ms,
+        default=argparse.SUPPRESS,
+        help="Target in milliseconds of the time to first token: an iteration without inference "
+        "takes at most half of it, since a request that arrives waits for its end. (default: auto, "
+        "4 times the target of an iteration with inference)",
+    )
+
+
+def _target_ms(text: str) -> float | None:
+    return None if text == "auto" else float(text)
 
 
 def _size(text: str) -> int:

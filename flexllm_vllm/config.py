@@ -36,8 +36,11 @@ class FinetuningConfig:
         activation_dtype: how it is kept: ``"auto"`` exactly, the others compressed.
         base_weights: ``"one-copy"``, ``"two-copies"``, or ``"auto"``: by the size of the layer
             (``patches/cpu_linear_weights.py``).
-        tpot_slo_ms: latency target of an iteration while inference is present; None: finetuning
-            takes a fixed small number of tokens then.
+        tpot_slo_ms: latency target of an iteration that holds inference; None: a multiple of what
+            it takes without finetuning (``scheduler/budget.py``).
+        ttft_slo_ms: target of the time to first token; half of it bounds iterations that hold no
+            inference, since a request that arrives waits for their end. None: a multiple of the
+            target of the others.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -50,6 +53,7 @@ class FinetuningConfig:
     activation_dtype: str = "auto"
     base_weights: str = "auto"
     tpot_slo_ms: float | None = None
+    ttft_slo_ms: float | None = None
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.
@@ -79,8 +83,12 @@ class FinetuningConfig:
                 f"--finetuning-max-lora-rank is {self.max_lora_rank}, vLLM allows "
                 f"{', '.join(map(str, ranks))}"
             )
-        if self.tpot_slo_ms is not None and not self.tpot_slo_ms > 0:
-            raise ValueError(f"--finetuning-tpot-slo-ms is {self.tpot_slo_ms}, must be above 0")
+        for flag, target in (
+            ("--finetuning-tpot-slo-ms", self.tpot_slo_ms),
+            ("--finetuning-ttft-slo-ms", self.ttft_slo_ms),
+        ):
+            if target is not None and not target > 0:
+                raise ValueError(f"{flag} is {target}, must be above 0")
 
     @property
     def training_slots(self) -> int:

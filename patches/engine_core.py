@@ -1,9 +1,9 @@
 """Introduces the scheduler to the engine core that runs it.
 
 The finetuning scheduler must know when the engine is shutting down (finetuning is no work to wait
-for then), must wake it when a job arrives while it sleeps, and has a record of its iterations that
-the API asks for. Why a patch: a scheduler is given no reference to its engine, and the engine
-answers only to its own methods.
+for then), must wake it when a job arrives while it sleeps, and has a record of its iterations and
+counters that the API asks for. Why a patch: a scheduler is given no reference to its engine, and
+the engine answers only to its own methods.
 Fits vLLM 0.32 (``vllm/v1/engine/core.py``). Applied when the scheduler is imported, so only in
 engines that finetune; raises there if the loop is gone.
 """
@@ -15,7 +15,8 @@ from flexllm_vllm.patches import require
 
 
 def apply() -> None:
-    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations``; once."""
+    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations`` and
+    ``finetuning_stats``; once."""
     from vllm.v1.engine.core import EngineCoreProc
 
     run = require(EngineCoreProc, "run_busy_loop")
@@ -31,6 +32,10 @@ def apply() -> None:
     def finetuning_iterations(self: Any, last: int) -> list[dict[str, Any]]:
         return self.scheduler.finetuning_iterations(last)
 
+    def finetuning_stats(self: Any) -> dict[str, Any]:
+        return {"engine": self.engine_index, **self.scheduler.finetuning_stats()}
+
     run_attached._finetuning = True  # type: ignore[attr-defined]
     EngineCoreProc.run_busy_loop = run_attached
     EngineCoreProc.finetuning_iterations = finetuning_iterations
+    EngineCoreProc.finetuning_stats = finetuning_stats

@@ -22,6 +22,7 @@ _SAME_NAME = (
     "max_grad_norm",
     "max_steps",
     "shuffle",
+    "scheduling_weight",
 )
 
 

@@ -13,9 +13,11 @@ from vllm.renderers.chat_utils import load_chat_template
 
 from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
+from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
+from flexllm_vllm.jobs.schema import Database
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.log import get_logger
 
@@ -37,6 +39,7 @@ class FinetuningEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Called by vLLM while the application is built."""
         attach_routes(app)
+        attach_metrics(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -62,6 +65,10 @@ class FinetuningEndpointPlugin:
             find_adapter=_paths_of(adapters),
             num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
         )
+        if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
+            state.finetuning_metrics = await asyncio.to_thread(
+                _metrics_of, engine_client, store, state.finetuning.base_models
+            )
         logger.info("finetuning API ready, files and jobs in %s", config.dir)
 
 
@@ -81,6 +88,22 @@ def _iterations_of(engine_client: Any) -> Any:
         return list(records)
 
     return fetch
+
+
+def _metrics_of(
+    engine_client: Any, store: JobStore, base_models: tuple[str, ...]
+) -> FinetuningMetrics:
+    database = Database(store.root / "store.db")
+
+    async def fetch() -> list[dict[str, Any]]:
+        stats = await engine_client.engine_core.call_utility_all_async("finetuning_stats")
+        return list(stats)
+
+    return FinetuningMetrics(
+        base_models[0],  # vLLM's own metrics have the first served name too
+        fetch,
+        lambda: count_queued_jobs(database, base_models),
+    )
 
 
 def _paths_of(adapters: ServedAdapters) -> Any:

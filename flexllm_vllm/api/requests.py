@@ -87,6 +87,7 @@ class Hyperparameters(_Request):
     max_seq_length: Annotated[int, Field(ge=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     shuffle: bool | None = None
+    scheduling_weight: Annotated[Number, Field(gt=0, le=1000)] | None = None
 
     @field_validator("max_steps")
     @classmethod

@@ -147,6 +147,7 @@ def _hyperparameters(job: FinetuningJob) -> dict[str, Any]:
         "max_steps": training.max_steps,
         "max_seq_length": training.max_seq_length,
         "shuffle": training.shuffle,
+        "scheduling_weight": training.scheduling_weight,
     }
 
 

@@ -80,6 +80,7 @@ class TrainingSpec:
         max_steps: optimizer steps; -1 leaves the number to ``n_epochs``.
         max_seq_length: tokens; longer examples are truncated.
         seed: of the order of examples and of the adapter's initial weights.
+        scheduling_weight: its share of the machine among the jobs that train at once.
     """
 
     batch_size: int
@@ -97,6 +98,7 @@ class TrainingSpec:
     max_grad_norm: float = 1.0
     max_steps: int = -1
     shuffle: bool = True
+    scheduling_weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,136 @@
-"""How many finetuning tokens an iteration may hold."""
+"""How much finetuning an iteration may hold: what fits into its latency target."""
 
-# Finetuning tokens beside inference when no latency target is given: on a 2-core CPU they make a
-# decode iteration about twice as long (two streams of SmolLM2-135M: 53 ms without, 110 ms with).
-TOKENS_BESIDE_INFERENCE = 32
-MIN_TOKENS = 8
+from dataclasses import dataclass, replace
+
+from flexllm_vllm.log import get_logger
+from flexllm_vllm.scheduler.latency_model import IterationWork, LatencyModel
+
+logger = get_logger(__name__)
+
+# Without --finetuning-tpot-slo-ms: an iteration with inference may take so many times what it would
+# take without finetuning.
+AUTO_MULTIPLE = 2.5
+# ... but at least this: 100 tokens a second are fast enough, and where an iteration takes a
+# millisecond or two, its fixed costs alone would leave finetuning nothing.
+MIN_AUTO_MS = 10.0
+# Without --finetuning-ttft-slo-ms: an iteration without inference may take so many times the target
+# of one with it. A request that arrives during it waits for its end.
+IDLE_MULTIPLE = 4.0
+# Of the TTFT target, what may be spent waiting for the iteration in which the request arrives.
+IDLE_SHARE_OF_TTFT = 0.5
+MIN_COST_MS = 1e-3
+# An iteration without inference holds at least so many tokens, whatever the target.
+MIN_IDLE_TOKENS = 16
+# After so many iterations with inference that left nothing to finetuning, one gets MIN_IDLE_TOKENS:
+# were it the model that is wrong, it would never find out. So few do not show in a 99th percentile.
+PATIENCE = 250
 
 
-class TokenBudget:
-    """Bounds the finetuning tokens of an iteration.
+@dataclass(frozen=True)
+class Budget:
+    """What the finetuning part of an iteration may cost, and what its parts cost, in milliseconds.
 
-    With no inference in the iteration the bound is ``max_tokens``; it also limits how long a
-    request that arrives in that moment can wait. Beside inference it is a fixed small number, or,
-    with a latency target, is steered by the measured durations: additive increase, multiplicative
-    decrease.
-
-    Args:
-        max_tokens: bound of any iteration.
-        target_ms: per-iteration latency target while inference is present, or None.
+    Attributes:
+        total: of the iteration.
+        forward: of a token's forward through all layers.
+        backward: of a token's backward through all layers.
+        max_tokens: bound of the forward tokens, whatever they cost.
+        rows: once, if the iteration holds forward tokens.
+        window: of each backward window, beside its tokens.
+        shared: forward and backward each get a part. Beside decode rows, which ride almost free
+            on a forward window, both belong into an iteration; alone, large windows are faster.
     """
 
-    def __init__(self, max_tokens: int, target_ms: float | None) -> None:
+    total: float
+    forward: float
+    backward: float
+    max_tokens: int
+    rows: float = 0.0
+    window: float = 0.0
+    shared: bool = True
+
+    @classmethod
+    def of_tokens(cls, num_tokens: int) -> "Budget":
+        """A number of tokens; a token's forward counts as one, and so does its backward."""
+        return cls(num_tokens, 1.0, 1.0, num_tokens)
+
+
+class LatencyBudget:
+    """Turns latency targets into the budget of each iteration.
+
+    Args:
+        max_tokens: finetuning tokens of any iteration.
+        tpot_slo_ms: target of an iteration that holds inference; None: :data:`AUTO_MULTIPLE` times
+            what its decode rows take alone.
+        ttft_slo_ms: bounds iterations that hold none; None: :data:`IDLE_MULTIPLE` times the target
+            beside one decode row.
+    """
+
+    def __init__(
+        self, max_tokens: int, tpot_slo_ms: float | None = None, ttft_slo_ms: float | None = None
+    ) -> None:
+        self.model = LatencyModel()
         self._max_tokens = max_tokens
-        self._target_ms = target_ms
-        self._beside: float = min(TOKENS_BESIDE_INFERENCE, max_tokens)
+        self._tpot_slo_ms = tpot_slo_ms
+        self._ttft_slo_ms = ttft_slo_ms
+        self._left_out = 0
+        self._warned = False
 
-    def tokens(self, inference_tokens: int) -> int:
-        """Finetuning tokens for an iteration that holds this many inference tokens.
+    def target_ms(self, inference: IterationWork) -> float:
+        """Longest that an iteration with this inference may take because of finetuning."""
+        if not inference.has_inference:
+            if self._ttft_slo_ms is not None:
+                return IDLE_SHARE_OF_TTFT * self._ttft_slo_ms
+            return IDLE_MULTIPLE * self.target_ms(IterationWork(decode_rows=1.0))
+        if self._tpot_slo_ms is not None:
+            return self._tpot_slo_ms
+        rows = replace(inference, prefill_tokens=0.0, decode_rows=max(1.0, inference.decode_rows))
+        return max(MIN_AUTO_MS, AUTO_MULTIPLE * self.model.predict_ms(rows))
 
-        A forward token counts as one, and so does a token's whole backward. Prompt tokens count
-        against the bound of the idle case, so that a long prefill is not made longer still.
-        """
-        if inference_tokens == 0:
-            return self._max_tokens
-        return max(0, min(int(self._beside), self._max_tokens - inference_tokens))
+    def budget(self, inference: IterationWork) -> Budget:
+        """For an iteration that holds this inference and nothing else so far."""
+        model = self.model
+        left = int(max(0, self._max_tokens - inference.prefill_tokens - inference.decode_rows))
+        # A token is never free, whatever a few noisy iterations say.
+        forward = max(model.cost_ms("forward_tokens"), MIN_COST_MS)
+        backward = max(model.cost_ms("backward_tokens"), MIN_COST_MS)
+        window, rows = model.cost_ms("backward_windows"), model.cost_ms("has_finetuning_rows")
+        if not inference.has_inference:
+            rows += model.cost_ms("has_rows")
+        total = self.target_ms(inference) / model.margin - model.predict_ms(inference)
+        if not inference.has_inference or self._left_out >= PATIENCE:
+            total = max(total, self._least())
+        if total > 0:
+            self._left_out = 0
+        else:
+            self._left_out += 1
+            total = 0.0
+            if self._left_out == PATIENCE:
+                self._warn(inference)
+        return Budget(total, forward, backward, left, rows, window, inference.has_inference)
 
-    def observe(self, inference_tokens: int, finetuning_tokens: int, duration_ms: float) -> None:
+    def _warn(self, inference: IterationWork) -> None:
+        """Says once that requests leave finetuning nothing."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "finetuning waits: the last %d iterations left no time for it. One like the last "
+                "takes %.0f ms without it, %.0f with its least part, and is to take at most %.0f "
+                "(--finetuning-tpot-slo-ms)",
+                PATIENCE,
+                self.model.predict_ms(inference),
+                self.model.margin * (self.model.predict_ms(inference) + self._least()),
+                self.target_ms(inference),
+            )
+
+    def _least(self) -> float:
+        """Milliseconds of the smallest finetuning part that is worth it."""
+        model = self.model
+        token = max(model.cost_ms("forward_tokens"), model.cost_ms("backward_tokens"), MIN_COST_MS)
+        terms = ("has_rows", "has_finetuning_rows", "backward_windows")
+        fixed = sum(model.cost_ms(term) for term in terms)
+        return fixed + MIN_IDLE_TOKENS * token
+
+    def observe(self, work: IterationWork, duration_ms: float) -> None:
         """Learns from an iteration."""
-        if self._target_ms is None or inference_tokens == 0 or finetuning_tokens == 0:
-            return
-        if duration_ms > self._target_ms:
-            self._beside = max(MIN_TOKENS, self._beside * 0.8)
-        elif finetuning_tokens >= 0.8 * self._beside:
-            self._beside = min(self._max_tokens, self._beside + 1)
+        self.model.observe(work, duration_ms)

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flexllm_vllm.data.dataset import TokenizedDataset
 from flexllm_vllm.jobs.store import JobStore
@@ -146,6 +146,24 @@ class JobFeeder:
         for job_id in self._store.cancel_requested_jobs() & self._running - self._cancelling:
             self._cancelling.add(job_id)
             self._cancelled.put(job_id)
+
+
+class NoStore:
+    """Stands in for a :class:`JobFeeder`: no job comes, and nobody hears of what is done."""
+
+    has_news = False
+
+    def take_jobs(self) -> list[Any]:
+        return []
+
+    def take_cancellations(self) -> list[str]:
+        return []
+
+    def write(self, job_id: str, action: Any) -> None:
+        pass
+
+    def finish(self, job_id: str, action: Any) -> None:
+        pass
 
 
 def _drain(source: "queue.SimpleQueue[T]") -> list[T]:

@@ -4,6 +4,8 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flexllm_vllm.scheduler.latency_model import IterationWork
+
 CAPACITY = 8192
 
 
@@ -14,6 +16,9 @@ class Iteration:
     Attributes:
         start_time: seconds since the epoch.
         duration_ms: from the begin of scheduling until the outputs were processed.
+        target_ms: longest that it was to take because of finetuning; None where there was none to
+            run, or nothing was known yet.
+        predicted_ms: by the latency model, from what it held.
         decode_tokens: inference tokens of requests past their prompt.
         prefill_tokens: inference tokens of prompts.
         finetuning_forward_tokens: finetuning rows of the fused forward.
@@ -22,6 +27,8 @@ class Iteration:
 
     start_time: float
     duration_ms: float
+    target_ms: float | None
+    predicted_ms: float
     decode_tokens: int
     prefill_tokens: int
     finetuning_forward_tokens: int
@@ -44,12 +51,21 @@ class IterationLog:
         return [asdict(i) for i in list(self._log)[-count:]]
 
 
-def count_inference_tokens(scheduler_output: Any) -> tuple[int, int]:
-    """Decode and prefill tokens of a stock ``SchedulerOutput``."""
+def inference_work(scheduler_output: Any) -> IterationWork:
+    """Decode rows and prompt tokens of a ``SchedulerOutput``, hidden rows counted as prompts."""
     cached = scheduler_output.scheduled_cached_reqs
-    decode = sum(
-        scheduler_output.num_scheduled_tokens[req_id]
-        for req_id, outputs in zip(cached.req_ids, cached.num_output_tokens, strict=True)
-        if outputs > 0
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    decode = context = 0
+    for req_id, outputs, computed in zip(
+        cached.req_ids, cached.num_output_tokens, cached.num_computed_tokens, strict=True
+    ):
+        tokens = scheduler_output.num_scheduled_tokens[req_id]
+        # More than that: a preempted request, computed again.
+        if outputs > 0 and tokens <= 1 + len(drafts.get(req_id, ())):
+            decode += tokens
+            context += computed
+    return IterationWork(
+        decode_rows=float(decode),
+        decode_context=context / 1000,
+        prefill_tokens=float(scheduler_output.total_num_scheduled_tokens - decode),
     )
-    return decode, scheduler_output.total_num_scheduled_tokens - decode

@@ -5,8 +5,9 @@ from functools import partial
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.plan import JobFailure, StepPlan, StepResult
-from flexllm_vllm.scheduler.feeder import ClaimedJob, JobFeeder
+from flexllm_vllm.scheduler.feeder import ClaimedJob, JobFeeder, NoStore
 from flexllm_vllm.scheduler.planner import Planner
+from flexllm_vllm.scheduler.stats import FinetuningStats
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 logger = get_logger(__name__)
@@ -23,9 +24,17 @@ class JobRunner:
         planner: plans the work of running jobs.
         feeder: the link to the store.
         base_model: path or hub name of the model, recorded in the adapters.
+        stats: counts optimizer steps.
     """
 
-    def __init__(self, planner: Planner, feeder: JobFeeder, base_model: str) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        feeder: JobFeeder | NoStore,
+        base_model: str,
+        stats: FinetuningStats,
+    ) -> None:
+        self._stats = stats
         self._base_model = base_model
         self._planner = planner
         self._feeder = feeder
@@ -81,6 +90,13 @@ class JobRunner:
         if loop is None:
             return
         metrics = loop.step_done(grad_norm)
+        self._stats.optimizer_step(
+            job_id,
+            step=loop.step,
+            loss=metrics["train_loss"],
+            grad_norm=grad_norm,
+            tokens=metrics["tokens"],
+        )
         step, total, tokens = loop.step, loop.total_steps, loop.trained_tokens
 
         def write(store: JobStore) -> None:

@@ -12,6 +12,7 @@ from flexllm_vllm.plan import (
     PackedSequence,
     StepPlan,
 )
+from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
 from flexllm_vllm.scheduler.pages import PagePool
@@ -22,6 +23,14 @@ logger = get_logger(__name__)
 # Smaller windows than this leave the GEMMs bound by reading the weights: on 2 cores 16 tokens run
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
 MIN_WINDOW = 16
+
+# Rows of a pack of several sequences: GEMMs hardly gain beyond (on 2 cores 311, 341 and 342 GFLOP/s
+# with 256, 512 and 2048 rows), and a batch of several packs can run forward and backward at once.
+PACK_ROWS = 512
+
+# Beside inference an iteration holds forward and backward tokens if so many of each fit; a forward
+# with fewer is not worth what any finetuning row costs (eager, through the LoRA products).
+MIN_SHARED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Planner:
     Attributes:
         min_window: a smaller backward window is not cut, even where the budget ends before.
         max_window: a larger forward or backward window is not planned; None for no bound.
+        pages: of the activation cache.
+        num_dropped: packs given up to inference, or to an older pack, so far.
     """
 
     def __init__(self, shape: ModelShape, rows: HiddenRows) -> None:
@@ -57,11 +68,12 @@ class Planner:
         self.max_window: int | None = None
         self.shape = shape
         self._rows = rows
-        self._pages = PagePool(0)
+        self.pages = PagePool(0)
         self.loops: dict[str, TrainingLoop] = {}
         self._packs: dict[int, Pack] = {}
         self._ended: list[str] = []
         self._dropped: list[int] = []
+        self.num_dropped = 0
 
     # -- jobs --------------------------------------------------------------------------------
 
@@ -70,12 +82,13 @@ class Planner:
         return bool(self.loops or self._ended)
 
     def make_packs(self, loop: TrainingLoop, sequences: list[Sequence]) -> list[Pack]:
-        """Packs of half the activation cache, so that two can be open, and half the KV cache."""
+        """Packs of at most half the caches, so that two can be open: while one runs backward, the
+        next runs forward."""
         assert loop.layout is not None
         return make_packs(
             loop.job.id,
             sequences,
-            max_rows=self._pages.num_pages // 2 * loop.layout.tokens_per_page,
+            max_rows=min(PACK_ROWS, self.pages.num_pages // 2 * loop.layout.tokens_per_page),
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
@@ -89,8 +102,8 @@ class Planner:
         loop = self.loops.get(job_id)
         if loop is None:
             return
-        if self._pages.num_pages != layout.num_pages:
-            self._pages = PagePool(layout.num_pages)
+        if self.pages.num_pages != layout.num_pages:
+            self.pages = PagePool(layout.num_pages)
         longest = max(len(loop.dataset.example(i)[0]) for i in range(len(loop.dataset)))
         kept = layout.num_pages * layout.tokens_per_page
         in_kv_cache = self._rows.num_blocks * self._rows.block_size
@@ -104,6 +117,8 @@ class Planner:
         loop.layout = layout
 
     def add(self, loop: TrainingLoop) -> None:
+        # A new job is not owed what others got before it came.
+        loop.service = min((other.service for other in self.loops.values()), default=0.0)
         self.loops[loop.job.id] = loop
 
     def remove(self, job_id: str) -> None:
@@ -130,6 +145,7 @@ class Planner:
         if not open_packs:
             return False
         self._give_up(max(open_packs, key=lambda p: p.pack_id))
+        self.num_dropped += 1
         return True
 
     def give_up_all(self) -> None:
@@ -144,41 +160,49 @@ class Planner:
 
     def _close(self, pack: Pack) -> None:
         self._rows.close(pack)
-        self._pages.give_back(pack.pages)
+        self.pages.give_back(pack.pages)
         pack.pages = ()
         self._packs.pop(pack.pack_id, None)
 
     # -- planning ----------------------------------------------------------------------------
 
-    def plan(self, num_tokens: int) -> StepPlan:
+    def plan(self, budget: Budget) -> StepPlan:
         """Plans an iteration.
 
         Args:
-            num_tokens: finetuning tokens that it may hold; a token's forward through all layers
-                counts as one, and so does its backward.
+            budget: what its finetuning work may cost. Where it is shared and there is work of both
+                kinds, it is divided so that as many tokens run forward as backward.
         """
         plan = StepPlan(end=self._ended, drop=self._dropped)
         self._ended, self._dropped = [], []
         for loop in self.loops.values():
             if not loop.started:
                 plan.start.append(loop.start())
-        units = num_tokens * self.shape.num_layers  # token-layers
-        loops = [loop for loop in self.loops.values() if loop.ready]
-        if units > 0:
-            wanted = min(units // 2, self._forward_rows(loops) * self.shape.num_layers)
-            units -= self._plan_backward(loops, units - wanted, plan)
+        left = budget.total
+        # Who has had least for its weight comes first, so that tokens are shared fairly.
+        loops = sorted((x for x in self.loops.values() if x.ready), key=lambda x: x.service)
+        if left > 0:
+            left -= self._plan_backward(loops, left - self._kept_for_forward(loops, budget), budget,
+                                        plan)  # fmt: skip
         for loop in loops:
             if loop.batch is not None and loop.batch.done:
                 plan.optimize.append(loop.close_batch())
             if loop.finished and not loop.saving:
                 plan.save.append(loop.save())
-        if units > 0:
-            self._plan_forward(loops, units // self.shape.num_layers, plan)
-        # Who is first next time: jobs take turns.
-        if len(self.loops) > 1:
-            first = next(iter(self.loops))
-            self.loops[first] = self.loops.pop(first)
+        if left > budget.rows:
+            affordable = int((left - budget.rows) / budget.forward)
+            self._plan_forward(loops, min(affordable, budget.max_tokens), plan)
         return plan
+
+    def _kept_for_forward(self, loops: list[TrainingLoop], budget: Budget) -> float:
+        """The part of a shared budget that the backward leaves to the forward."""
+        if not budget.shared:
+            return 0.0
+        tokens = int((budget.total - budget.rows) / (budget.forward + budget.backward))
+        if tokens < MIN_SHARED_TOKENS:
+            return 0.0  # too few for both in one iteration: they alternate
+        tokens = min(tokens, budget.max_tokens, self._forward_rows(loops))
+        return budget.rows + tokens * budget.forward if tokens > 0 else 0.0
 
     def _forward_rows(self, loops: list[TrainingLoop]) -> int:
         """Tokens whose forward could be planned now."""
@@ -191,23 +215,38 @@ class Planner:
             for sequence in pack.sequences
         )
 
-    def _plan_backward(self, loops: list[TrainingLoop], units: int, plan: StepPlan) -> int:
-        """Plans backward windows for ``units`` token-layers; returns what they cost."""
+    def _plan_backward(
+        self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
+    ) -> float:
+        """Plans backward windows for a cost of ``limit``; returns what they cost.
+
+        As few layers of as many tokens as possible: a window reads the weights of its layer,
+        whatever its size.
+        """
         used = 0.0
         for loop in loops:
             for pack in loop.batch.packs if loop.batch else []:
-                while pack.phase is PackPhase.BACKWARD and used < units:
-                    head = pack.layer == self.shape.num_layers
-                    cost = self.shape.loss_head_layers if head else 1.0
-                    size = self._window(pack.row, int((units - used) / cost), self.min_window)
+                while pack.phase is PackPhase.BACKWARD and used < limit:
+                    layers = self.layers(pack.layer)
+                    # Of a token in this layer.
+                    cost = budget.backward * layers / self.shape.num_layers
+                    wanted = int((limit - used - budget.window) / cost)
+                    if used > 0 and wanted < min(self.min_window, pack.row):
+                        return used
+                    size = self._window(pack.row, wanted, self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
-                    used += size * cost
+                    used += budget.window + size * cost
+                    loop.serve(size * layers * 2 / (3 * self.shape.num_layers))
                     self._advance(pack, size)
                 if pack.phase is PackPhase.BACKWARD:
                     break
-        return int(used)
+        return used
+
+    def layers(self, layer: int) -> float:
+        """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head."""
+        return self.shape.loss_head_layers if layer == self.shape.num_layers else 1.0
 
     def _window(self, remaining: int, wanted: int, least: int) -> int:
         """Size of a window that begins with ``remaining`` tokens to go."""
@@ -226,7 +265,7 @@ class Planner:
             # The worker runs backward windows before the forward: blocks and pages are free for
             # the forward windows of this very iteration.
             self._rows.close(pack)
-            self._pages.give_back(pack.pages)
+            self.pages.give_back(pack.pages)
             pack.pages = ()
             self._forget(pack)
 
@@ -244,16 +283,18 @@ class Planner:
                 ):
                     break
                 if pack.phase is PackPhase.FORWARD:
-                    num_tokens -= self._forward(pack, num_tokens, plan)
+                    size = self._forward(pack, num_tokens, plan)
+                    num_tokens -= size
+                    loop.serve(size / 3)
 
     def _admit(self, loop: TrainingLoop, pack: Pack, plan: StepPlan) -> bool:
         """Opens a pack if pages and KV blocks are there for all of it."""
         assert loop.batch is not None
         assert loop.layout is not None
         num_pages = -(-pack.num_rows // loop.layout.tokens_per_page)
-        if num_pages > self._pages.num_free or not self._rows.fits(pack):
+        if num_pages > self.pages.num_free or not self._rows.fits(pack):
             return False
-        pack.pages = self._pages.take(num_pages)
+        pack.pages = self.pages.take(num_pages)
         pack.phase = PackPhase.FORWARD
         self._packs[pack.pack_id] = pack
         lora = LoRARequest(
@@ -302,6 +343,7 @@ class Planner:
         younger = [p for p in others if p.pack_id > pack.pack_id and p.pack_id not in planned]
         if younger:
             self._give_up(max(younger, key=lambda p: p.pack_id))
+            self.num_dropped += 1
 
     # -- results -----------------------------------------------------------------------------
 

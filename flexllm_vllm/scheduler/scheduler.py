@@ -2,25 +2,32 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.buckets import histogram_buckets
 
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
-from flexllm_vllm.scheduler.budget import TokenBudget
-from flexllm_vllm.scheduler.feeder import JobFeeder
+from flexllm_vllm.scheduler.budget import LatencyBudget
+from flexllm_vllm.scheduler.calibration import Calibration
+from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
 from flexllm_vllm.scheduler.hidden_rows import FinetuningSchedulerOutput, HiddenRows
-from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, count_inference_tokens
+from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, inference_work
 from flexllm_vllm.scheduler.job_runner import JobRunner
+from flexllm_vllm.scheduler.latency_model import IterationWork
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
+from flexllm_vllm.scheduler.stats import FinetuningStats, Kind
 
 logger = get_logger(__name__)
 
 engine_core.apply()
+
+ONE_REQUEST = IterationWork(decode_rows=1.0)
 
 
 class FinetuningScheduler(Scheduler):
@@ -31,6 +38,9 @@ class FinetuningScheduler(Scheduler):
     preempts a request or refuses one. An exception in finetuning ends jobs, never an iteration.
     """
 
+    # Seconds; a simulation has its own.
+    _clock: Callable[[], float] = staticmethod(time.perf_counter)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = FinetuningConfig.from_vllm_config(self.vllm_config)
@@ -38,9 +48,18 @@ class FinetuningScheduler(Scheduler):
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
         self._rows = HiddenRows(self, config.max_rows)
         self._planner = Planner(_model_shape(self.vllm_config), self._rows)
-        self._budget = TokenBudget(config.max_tokens, config.tpot_slo_ms)
+        self._max_tokens = config.max_tokens
+        self._budget = LatencyBudget(config.max_tokens, config.tpot_slo_ms, config.ttft_slo_ms)
         self._iterations = IterationLog()
-        self._iteration_began = (time.time(), time.perf_counter())
+        observability = self.vllm_config.observability_config
+        self._stats = FinetuningStats(
+            histogram_buckets(
+                "inter_token_latency", overrides=observability.custom_histogram_buckets
+            )
+        )
+        self._target_ms: float | None = None
+        self._iteration_began = (time.time(), self._clock())
+        self._calibration: Calibration | None = None
         self._engine_runs: Callable[[], bool] = lambda: True
         self._wake_engine: Callable[[], None] = lambda: None
         model_config = self.vllm_config.model_config
@@ -51,7 +70,7 @@ class FinetuningScheduler(Scheduler):
             [names] if isinstance(names, str) else names,
             lambda: self._wake_engine(),
         )
-        self._jobs = JobRunner(self._planner, self._feeder, model_config.model)
+        self._jobs = JobRunner(self._planner, self._feeder, model_config.model, self._stats)
         self._give_way_to_inference()
 
     def attach_engine(self, engine: Any) -> None:
@@ -62,6 +81,35 @@ class FinetuningScheduler(Scheduler):
         self._wake_engine = lambda: engine.input_queue.put_nowait(
             (EngineCoreRequestType.WAKEUP, None)
         )
+        self._calibrate(engine)
+
+    def _calibrate(self, engine: Any) -> None:
+        """Measures this machine, so that the first iterations with a job are within their target.
+
+        Engines that step together (data parallel) do without: theirs learn from the traffic.
+        """
+        if self.vllm_config.parallel_config.data_parallel_size > 1:
+            return
+        began = time.monotonic()
+        jobs = self._jobs
+        self._jobs = JobRunner(self._planner, NoStore(), "", FinetuningStats([]))
+        self._calibration = Calibration(engine, self, self._planner, self._max_tokens)
+        try:
+            self._budget.model.calibrate(self._calibration.run())
+            logger.info(
+                "finetuning calibrated in %.1f s: an iteration with one request takes %.1f ms, "
+                "at most %.0f ms with finetuning, and %.0f ms without requests",
+                time.monotonic() - began,
+                self._budget.model.predict_ms(ONE_REQUEST),
+                self._budget.target_ms(ONE_REQUEST),
+                self._budget.target_ms(IterationWork()),
+            )
+            logger.debug("milliseconds: %s", self._budget.model.coefficients)
+        except Exception:
+            logger.exception("finetuning is not calibrated, and will learn from the traffic")
+        finally:
+            self._jobs, self._calibration = jobs, None
+            self._planner.num_dropped = 0
 
     def _give_way_to_inference(self) -> None:
         """Wraps ``allocate_slots``: vLLM preempts, or refuses a request, when it returns None,
@@ -87,15 +135,19 @@ class FinetuningScheduler(Scheduler):
         return super().has_requests() or (self._may_finetune and self._jobs.has_work)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._iteration_began = (time.time(), time.perf_counter())
+        self._iteration_began = (time.time(), self._clock())
+        self._target_ms = None
         output = super().schedule(*args, **kwargs)
         if not (self._may_finetune and self._jobs.has_work):
             return output
         try:
             self._jobs.take_news()
-            inference_tokens = output.total_num_scheduled_tokens
-            left = self.max_num_scheduled_tokens - inference_tokens
-            plan = self._planner.plan(min(left, self._budget.tokens(inference_tokens)))
+            left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+            inference = inference_work(output)
+            self._target_ms = self._budget.target_ms(inference)
+            calibration = self._calibration
+            budget = calibration.budget if calibration else self._budget.budget(inference)
+            plan = self._planner.plan(replace(budget, max_tokens=min(left, budget.max_tokens)))
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
             logger.exception("planning finetuning work failed")
@@ -135,22 +187,81 @@ class FinetuningScheduler(Scheduler):
         """The last iterations, oldest first (see :class:`Iteration`)."""
         return self._iterations.last(last)
 
+    def finetuning_stats(self) -> dict[str, Any]:
+        """Counters and gauges for ``/metrics`` (see :class:`FinetuningStats`)."""
+        model, pages = self._budget.model, self._planner.pages
+        return self._stats.snapshot(
+            running_jobs=self._planner.loops,
+            dropped_packs=self._planner.num_dropped,
+            pages=pages.num_pages,
+            free_pages=pages.num_free,
+            mape=model.mape,
+            margin=model.margin,
+        )
+
     def _record(self, output: Any) -> None:
         started, began = self._iteration_began
-        forward = backward = 0
-        decode, prefill = count_inference_tokens(output)
-        if isinstance(output, FinetuningSchedulerOutput) and output.finetuning is not None:
-            plan = output.finetuning
-            forward = sum(w.end - w.start for w in plan.forward)
+        plan = output.finetuning if isinstance(output, FinetuningSchedulerOutput) else None
+        work = inference = inference_work(output)
+        layer_tokens = 0
+        if plan is not None:
             layers = self._planner.shape.num_layers
-            backward = sum(w.end - w.start for w in plan.backward if w.layer < layers)
-            prefill -= forward
-        if not (decode or prefill or forward or backward):
+            forward = sum(w.end - w.start for w in plan.forward)
+            layer_tokens = sum(w.end - w.start for w in plan.backward if w.layer < layers)
+            weighted = sum((w.end - w.start) * self._planner.layers(w.layer) for w in plan.backward)
+            inference = replace(work, prefill_tokens=work.prefill_tokens - forward)
+            work = replace(
+                inference,
+                has_finetuning_rows=float(forward > 0),
+                forward_tokens=float(forward),
+                backward_tokens=weighted / layers,
+                backward_windows=float(len(plan.backward)),
+                optimizer_steps=float(len(plan.optimize)),
+            )
+        if not (work.has_inference or work.has_finetuning):
             return
-        duration_ms = 1e3 * (time.perf_counter() - began)
-        self._iterations.add(Iteration(started, duration_ms, decode, prefill, forward, backward))
-        tokens = forward + backward // self._planner.shape.num_layers
-        self._budget.observe(decode + prefill, tokens, duration_ms)
+        duration_ms = 1e3 * (self._clock() - began)
+        if self._calibration is not None:
+            self._calibration.observe(work, duration_ms)
+            return
+        predicted_ms = self._budget.model.predict_ms(work)
+        self._count(work, inference, duration_ms, predicted_ms)
+        self._iterations.add(
+            Iteration(
+                start_time=started,
+                duration_ms=duration_ms,
+                target_ms=self._target_ms,
+                predicted_ms=predicted_ms,
+                decode_tokens=int(work.decode_rows),
+                prefill_tokens=int(work.prefill_tokens),
+                finetuning_forward_tokens=int(work.forward_tokens),
+                finetuning_backward_tokens=layer_tokens,
+            )
+        )
+        # An adapter's start and end are no part of what the model describes.
+        if plan is None or not (plan.start or plan.save or plan.end):
+            self._budget.observe(work, duration_ms)
+
+    def _count(
+        self, work: IterationWork, inference: IterationWork, duration_ms: float, predicted_ms: float
+    ) -> None:
+        """Counts an iteration for the metrics; ``inference`` is its part without finetuning."""
+        kind: Kind = "inference"
+        share = 0.0
+        if work.has_finetuning:
+            kind, share = "finetuning", 1.0
+            if work.has_inference:
+                kind = "mixed"
+                share = 1 - self._budget.model.predict_ms(inference) / max(predicted_ms, 1e-3)
+        self._stats.iteration(
+            kind,
+            duration_ms=duration_ms,
+            target_ms=self._target_ms,
+            predicted_ms=predicted_ms,
+            share=share,
+            forward_tokens=int(work.forward_tokens),
+            backward_tokens=work.backward_tokens,
+        )
 
 
 def _model_shape(vllm_config: Any) -> ModelShape:

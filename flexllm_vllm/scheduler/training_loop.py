@@ -50,6 +50,8 @@ class TrainingLoop:
 
     Attributes:
         layout: what the worker said of the adapter; None until it has created it.
+        service: tokens trained so far, each divided by the job's weight; a third of a token is its
+            forward, two its backward.
     """
 
     job: FinetuningJob
@@ -62,6 +64,7 @@ class TrainingLoop:
     batch: Batch | None = None
     step: int = 0
     trained_tokens: int = 0
+    service: float = 0.0
     _pending: tuple[Batch, OptimizerStep] | None = None
     _step_began: float = field(default_factory=time.monotonic)
 
@@ -82,6 +85,10 @@ class TrainingLoop:
     def ready(self) -> bool:
         """The worker has its adapter."""
         return self.layout is not None
+
+    def serve(self, tokens: float) -> None:
+        """Counts tokens that are planned for it."""
+        self.service += tokens / self.job.training.scheduling_weight
 
     def start(self) -> TrainAdapter:
         """What the worker needs to create the adapter."""

@@ -20,7 +20,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory):
     llm = LLM(
         str(model), dtype="float32", max_model_len=512, max_num_seqs=6, served_model_name="base",
         num_gpu_blocks_override=14, kv_cache_memory_bytes=1 << 28, disable_log_stats=False,
-        **harness.engine_options(folder / "store"),
+        **harness.engine_options(folder / "store", tpot_slo_ms=50.0),
     )  # fmt: skip
     llm.folder = folder
     yield llm

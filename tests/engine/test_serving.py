@@ -1,5 +1,6 @@
 """One server with finetuning, used as its users use it."""
 
+import collections
 import concurrent.futures
 import json
 import threading
@@ -10,6 +11,7 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
+from prometheus_client.parser import text_string_to_metric_families
 from prompts import PROMPTS, shouting
 from server import NAME, Server, generate, start_job, train_file, wait_for, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,6 +81,15 @@ def iterations(server: Server) -> list[dict]:
     return response.json()["data"]
 
 
+def scrape(server: Server) -> dict[str, float]:
+    """The sum of each metric over its labels."""
+    sums: collections.Counter[str] = collections.Counter()
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            sums[sample.name] += sample.value
+    return sums
+
+
 def test_a_job_succeeds_beside_inference(server: Server, trained, client) -> None:
     assert trained.status == "succeeded", trained.error
     assert trained.fine_tuned_model.startswith(f"ft:{NAME}:local:loud:")
@@ -89,6 +100,37 @@ def test_a_job_succeeds_beside_inference(server: Server, trained, client) -> Non
     both = [i for i in iterations(server) if i["decode_tokens"] and i["finetuning_forward_tokens"]]
     assert both
     assert any(i["finetuning_backward_tokens"] for i in iterations(server))
+
+
+def test_vllms_metrics_tell_what_a_job_does(
+    trained, server: Server, request: pytest.FixtureRequest
+) -> None:
+    before = scrape(server)
+    assert before["vllm:generation_tokens_total"] > 0
+    assert before["vllm:finetuning_optimizer_steps_total"] >= 20
+    assert before["vllm:finetuning_trained_tokens_total"] >= trained.trained_tokens
+    for direction in ("forward", "backward"):
+        assert before[f"vllm:finetuning_{direction}_tokens_total"] > trained.trained_tokens / 2
+    assert before["vllm:finetuning_slo_iterations_total"] > 0
+    assert 0 < before["vllm:finetuning_latency_model_mape"] < 2
+    assert before["vllm:finetuning_jobs_running"] == 0
+    assert "vllm:finetuning_job_loss" not in before
+    request.getfixturevalue("long_job")
+    during = scrape(server)
+    assert during["vllm:finetuning_jobs_running"] == 1
+    assert during["vllm:finetuning_jobs_queued"] == 0
+    assert during["vllm:finetuning_job_loss"] > 0
+    assert during["vllm:finetuning_activation_cache_pages"] > 0
+    assert (
+        during["vllm:finetuning_optimizer_steps_total"]
+        > before["vllm:finetuning_optimizer_steps_total"]
+    )
+    counters = [
+        n for n in before if "finetuning" in n and n.endswith(("_total", "_bucket", "_sum"))
+    ]
+    assert counters
+    for name in counters:
+        assert during[name] >= before[name], name
 
 
 def test_the_adapter_is_served_at_once(trained, client: openai.OpenAI) -> None:

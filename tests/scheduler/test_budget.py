@@ -1,21 +1,79 @@
-from flexllm_vllm.scheduler.budget import TOKENS_BESIDE_INFERENCE, TokenBudget
+import random
+from dataclasses import replace
+
+import pytest
+from test_latency_model import machine
+
+from flexllm_vllm.scheduler.budget import AUTO_MULTIPLE, IDLE_MULTIPLE, LatencyBudget
+from flexllm_vllm.scheduler.latency_model import IterationWork
+
+DECODING = IterationWork(decode_rows=2, decode_context=0.5)
+IDLE = IterationWork()
 
 
-def test_an_idle_engine_takes_the_maximum_and_a_busy_one_little() -> None:
-    budget = TokenBudget(256, None)
-    assert budget.tokens(0) == 256
-    assert budget.tokens(3) == TOKENS_BESIDE_INFERENCE
-    assert budget.tokens(240) == 16
-    assert budget.tokens(1000) == 0
+class Machine:
+    """Iterations with an endless supply of finetuning work."""
+
+    def __init__(self, budget: LatencyBudget, noise: float = 0.05) -> None:
+        self.budget = budget
+        self.noise = noise
+        self.rng = random.Random(0)
+
+    def iteration(self, inference: IterationWork) -> tuple[IterationWork, float]:
+        allowed = self.budget.budget(inference)
+        half = max(0.0, allowed.total - allowed.rows) / 2
+        forward = min(int(half / allowed.forward), allowed.max_tokens)
+        work = replace(
+            inference,
+            has_finetuning_rows=float(forward > 0),
+            forward_tokens=float(forward),
+            backward_tokens=half / allowed.backward,
+        )
+        ms = machine(work) * self.rng.lognormvariate(0, self.noise)
+        self.budget.observe(work, ms)
+        return work, ms
 
 
-def test_a_latency_target_steers_the_tokens() -> None:
-    budget = TokenBudget(512, 100.0)
+def test_iterations_stay_within_the_target_and_fill_it() -> None:
+    machine = Machine(LatencyBudget(512, tpot_slo_ms=120.0))
+    for _ in range(300):
+        machine.iteration(DECODING)
+    measured = [machine.iteration(DECODING)[1] for _ in range(2000)]
+    assert sum(ms <= 120.0 for ms in measured) >= 0.98 * len(measured)
+    assert sum(measured) / len(measured) > 0.75 * 120.0
 
-    def duration(tokens: int) -> float:
-        return 40.0 + tokens
 
-    for _ in range(400):
-        tokens = budget.tokens(2)
-        budget.observe(2, tokens, duration(tokens))
-    assert 40 <= budget.tokens(2) <= 61
+def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:
+    budget = LatencyBudget(512)
+    alone = machine(DECODING)
+    for _ in range(50):
+        budget.observe(DECODING, alone)
+    assert budget.target_ms(DECODING) == pytest.approx(AUTO_MULTIPLE * alone, rel=0.05)
+    one_row = budget.target_ms(IterationWork(decode_rows=1.0))
+    assert budget.target_ms(IDLE) == pytest.approx(IDLE_MULTIPLE * one_row)
+
+
+def test_an_iteration_without_requests_is_bounded_by_the_ttft_target() -> None:
+    simulated = Machine(LatencyBudget(4096, tpot_slo_ms=100.0, ttft_slo_ms=600.0))
+    for _ in range(100):
+        simulated.iteration(DECODING)
+        simulated.iteration(IDLE)
+    work, ms = simulated.iteration(IDLE)
+    assert work.has_finetuning
+    assert ms < 300.0 * 1.2
+
+
+def test_a_long_prefill_leaves_nothing() -> None:
+    simulated = Machine(LatencyBudget(512, tpot_slo_ms=100.0))
+    for _ in range(50):
+        simulated.iteration(DECODING)
+        simulated.iteration(replace(DECODING, prefill_tokens=60.0))
+    assert simulated.budget.budget(replace(DECODING, prefill_tokens=300.0)).total == 0.0
+
+
+def test_tokens_are_bounded_whatever_the_target_allows() -> None:
+    simulated = Machine(LatencyBudget(64, tpot_slo_ms=10_000.0))
+    for _ in range(60):
+        work, _ = simulated.iteration(DECODING)
+        assert work.forward_tokens <= 62
+    assert simulated.budget.budget(replace(DECODING, prefill_tokens=100.0)).max_tokens == 0

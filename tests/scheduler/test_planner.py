@@ -11,6 +11,7 @@ import pytest
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
 from flexllm_vllm.plan import AdapterLayout, StepPlan
+from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.pack import Pack, Sequence
 from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
@@ -91,7 +92,7 @@ class Worker:
 
     def run(self, tokens: int) -> StepPlan:
         self.rows.discard()
-        plan = self.planner.plan(tokens)
+        plan = self.planner.plan(Budget.of_tokens(tokens))
         for pack_id in plan.drop:
             for state in (self.open, self.forwarded, self.at):
                 state.pop(pack_id, None)
@@ -199,7 +200,7 @@ def test_a_removed_job_gives_everything_back(tmp_path: Path) -> None:
     assert rows.held
     planner.remove("a")
     assert not rows.held
-    plan = planner.plan(48)
+    plan = planner.plan(Budget.of_tokens(48))
     assert plan.end == ["a"]
     assert not planner.has_work
 

@@ -1,0 +1,215 @@
+"""Predicts how long an iteration takes from what it holds, and learns from each one measured."""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+# How far a coefficient may drift from one iteration to the next in which its term occurs, relative:
+# a machine that slows down, or another mix of requests, is followed within tens of iterations.
+DRIFT = 0.005
+# Relative noise of a measured iteration.
+NOISE = 0.05
+# Relative errors beyond so many times the usual one count for less (Huber): a page fault or a
+# neighbour on the machine says nothing of the next iteration.
+OUTLIER = 3.0
+# A coefficient stays within this factor of what the calibration found: whatever single iterations
+# suggest, no machine becomes that much faster or slower at one thing alone.
+TRUST = 4.0
+# Iterations that a margin is learnt from, and before which it is MARGIN_AT_START.
+RESIDUALS = 512
+MIN_RESIDUALS = 32
+MARGIN_AT_START = 1.2
+QUANTILE = 0.99
+# A machine that stalls for seconds does so whatever an iteration holds: holding less is no cure.
+MAX_MARGIN = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class IterationWork:
+    """What an iteration holds.
+
+    Attributes:
+        decode_rows: inference tokens of requests past their prompt.
+        decode_context: K/V entries that they read, in thousands.
+        prefill_tokens: inference tokens of prompts.
+        has_finetuning_rows: 1 if the forward holds finetuning tokens, else 0: such a forward runs
+            eagerly and through the LoRA products.
+        forward_tokens: finetuning tokens of the fused forward.
+        backward_tokens: token-layers run backward, divided by the number of layers; the loss head
+            counts as so many layers as it costs.
+        backward_windows: backward windows, whatever their size: each reads a layer's weights.
+        optimizer_steps: AdamW steps.
+    """
+
+    decode_rows: float = 0.0
+    decode_context: float = 0.0
+    prefill_tokens: float = 0.0
+    has_finetuning_rows: float = 0.0
+    forward_tokens: float = 0.0
+    backward_tokens: float = 0.0
+    backward_windows: float = 0.0
+    optimizer_steps: float = 0.0
+
+    @property
+    def has_inference(self) -> bool:
+        return self.decode_rows > 0 or self.prefill_tokens > 0
+
+    @property
+    def has_finetuning(self) -> bool:
+        return self.forward_tokens > 0 or self.backward_tokens > 0
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """The terms of the model: the constant, whether there is a forward at all, the fields."""
+        forward = float(self.has_inference or self.forward_tokens > 0)
+        return (1.0, forward, self.decode_rows, self.decode_context, self.prefill_tokens,
+                self.has_finetuning_rows, self.forward_tokens, self.backward_tokens,
+                self.backward_windows, self.optimizer_steps)  # fmt: skip
+
+
+TERMS = ("constant", "has_rows", *IterationWork.__dataclass_fields__)
+
+# Milliseconds of each term before anything was measured, and how far from the truth that may be:
+# a small model on two cores. Wrong by far on a GPU, where the calibration corrects it.
+_PRIOR_MS = np.array([1.0, 10.0, 1.0, 1.0, 1.0, 5.0, 1.0, 2.0, 0.5, 20.0])
+_PRIOR_SPREAD = 10.0 * _PRIOR_MS
+
+
+class LatencyModel:
+    """A linear model whose coefficients are tracked by a Kalman filter, on relative errors.
+
+    ``ms = c_0 + c . work``, each coefficient at least zero and, once calibrated, within
+    :data:`TRUST` of the calibration. Every measured iteration updates it, at the cost of a few
+    operations on a 10 x 10 matrix.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients = _PRIOR_MS.copy()
+        self._covariance = np.diag(_PRIOR_SPREAD**2)
+        self._most_spread = _PRIOR_SPREAD**2
+        self._low = np.zeros(len(TERMS))
+        self._high = np.full(len(TERMS), np.inf)
+        self._floor = 0.1 * _PRIOR_MS
+        self._usual_error = 0.2
+        self._ratios: deque[float] = deque(maxlen=RESIDUALS)
+        self._sorted: list[float] = []
+        self._margin = MARGIN_AT_START
+        self._num_observed = 0
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Milliseconds of one unit of each term."""
+        return dict(zip(TERMS, self._coefficients.tolist(), strict=True))
+
+    def calibrate(self, samples: list[tuple[IterationWork, float]]) -> None:
+        """Starts from measured iterations: least squares on relative errors.
+
+        Args:
+            samples: iterations and their durations in milliseconds, with every term in them.
+
+        Raises:
+            ValueError: too few of them.
+        """
+        if len(samples) < len(TERMS):
+            raise ValueError(f"{len(samples)} iterations cannot tell {len(TERMS)} terms")
+        durations = np.array([duration_ms for _, duration_ms in samples])
+        rows = np.array([work.terms for work, _ in samples]) / durations[:, None]
+        found = _nonnegative_least_squares(rows, np.ones(len(samples)))
+        # A term too small to be seen among the others may be as large as this.
+        unseen = (
+            0.002
+            * float(np.median(durations))
+            / np.maximum(1.0, (rows * durations[:, None]).max(axis=0))
+        )
+        self._coefficients = found
+        self._low, self._high = found / TRUST, np.maximum(found * TRUST, unseen)
+        self._floor = np.maximum(0.1 * found, 0.1 * unseen)
+        # Trusted within a quarter; the traffic will say the rest.
+        self._most_spread = np.maximum(0.5 * found, unseen) ** 2
+        self._covariance = np.diag(np.maximum(0.25 * found, 0.5 * unseen) ** 2)
+        self._usual_error = float(np.mean(np.abs(rows @ found - 1.0)))
+
+    def predict_ms(self, work: IterationWork) -> float:
+        """Expected duration of an iteration."""
+        return float(self._coefficients @ work.terms)
+
+    def cost_ms(self, term: str) -> float:
+        """Expected milliseconds of one more unit of a term of :class:`IterationWork`."""
+        return float(self._coefficients[TERMS.index(term)])
+
+    @property
+    def margin(self) -> float:
+        """What a prediction is multiplied by so that 99 of 100 mixed iterations stay below it."""
+        return self._margin
+
+    @property
+    def mape(self) -> float:
+        """Mean absolute error of the last predictions, relative to the measured time."""
+        return self._usual_error
+
+    def observe(self, work: IterationWork, duration_ms: float) -> None:
+        """Learns from a measured iteration."""
+        if not (math.isfinite(duration_ms) and duration_ms > 0):
+            return
+        self._num_observed += 1
+        terms = np.array(work.terms)
+        predicted = float(self._coefficients @ terms)
+        if work.has_inference and work.has_finetuning:
+            self._learn_margin(duration_ms / max(predicted, 1e-3))
+        error = abs(duration_ms - predicted) / duration_ms
+        weight = 1.0
+        if self._num_observed > 20:
+            weight = min(1.0, OUTLIER * max(self._usual_error, 0.05) / max(error, 1e-9))
+        self._update(terms, duration_ms, weight)
+        self._usual_error += 0.02 * (min(error, 2.0) - self._usual_error)
+
+    def _update(self, terms: np.ndarray, duration_ms: float, weight: float) -> None:
+        x = terms / duration_ms
+        error = 1.0 - float(self._coefficients @ x)
+        spread = self._covariance @ x
+        gain = spread * (weight / (NOISE**2 + weight * float(x @ spread)))
+        moved = self._coefficients + gain * error
+        self._coefficients = np.minimum(np.maximum(moved, self._low), self._high)
+        covariance = self._covariance - gain[:, None] * spread
+        # Only what this iteration held can have drifted as far as it tells, and nothing is ever
+        # less certain than at the start: hours without finetuning do not unlearn its cost.
+        drift = DRIFT * np.maximum(self._coefficients, self._floor)
+        diagonal = covariance.diagonal()
+        widened = diagonal + np.where(terms != 0, drift * drift, 0.0)
+        # Rounding must not make a variance negative.
+        np.fill_diagonal(covariance, np.clip(widened, 1e-12, self._most_spread))
+        self._covariance = covariance
+
+    def _learn_margin(self, ratio: float) -> None:
+        if len(self._ratios) == RESIDUALS:
+            del self._sorted[bisect_left(self._sorted, self._ratios[0])]
+        self._ratios.append(ratio)
+        insort(self._sorted, ratio)
+        count = len(self._sorted)
+        if count >= MIN_RESIDUALS:
+            at = min(int(QUANTILE * count), count - 1)
+            self._margin = min(MAX_MARGIN, max(1.0, self._sorted[at]))
+
+
+def _nonnegative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """``x >= 0`` with ``rows @ x`` near ``wanted``: terms that come out negative are left out.
+
+    Twice, the second time without the quarter of the rows that fit worst: a stall of the machine
+    is no property of what ran.
+    """
+    kept = np.ones(len(rows), dtype=bool)
+    for _ in range(2):
+        used = list(range(rows.shape[1]))
+        x = np.zeros(rows.shape[1])
+        while used:
+            part = np.linalg.lstsq(rows[kept][:, used], wanted[kept], rcond=None)[0]
+            if (part >= 0).all():
+                x[used] = part
+                break
+            used = [term for term, value in zip(used, part, strict=True) if value > 0]
+        errors = np.abs(rows @ x - wanted)
+        kept = errors <= max(float(np.quantile(errors, 0.75)), 0.02)
+    return x

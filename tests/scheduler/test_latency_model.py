@@ -1,0 +1,78 @@
+import random
+
+import pytest
+
+from flexllm_vllm.scheduler.latency_model import IterationWork, LatencyModel
+
+
+def machine(work: IterationWork, speed: float = 1.0) -> float:
+    """Milliseconds on a made-up machine."""
+    ms = 25 + 1.5 * work.decode_rows + 0.8 * work.decode_context + 1.1 * work.prefill_tokens
+    ms += 6 * work.has_finetuning_rows + 1.2 * work.forward_tokens
+    return speed * (ms + 2.4 * work.backward_tokens + 15 * work.optimizer_steps)
+
+
+def some_work(rng: random.Random) -> IterationWork:
+    forward = rng.choice((0, 0, 16, 40, 100))
+    return IterationWork(
+        decode_rows=rng.randint(0, 8),
+        decode_context=rng.random() * 8,
+        prefill_tokens=rng.choice((0, 0, 0, 64, 300)),
+        has_finetuning_rows=float(forward > 0),
+        forward_tokens=forward,
+        backward_tokens=rng.choice((0, 5.5, 30, 80)),
+        optimizer_steps=float(rng.random() < 0.05),
+    )
+
+
+def learn(model: LatencyModel, rng: random.Random, count: int, speed: float = 1.0) -> None:
+    for _ in range(count):
+        work = some_work(rng)
+        noise = rng.lognormvariate(0, 0.05) * (8 if rng.random() < 0.01 else 1)
+        model.observe(work, machine(work, speed) * noise)
+
+
+def error(model: LatencyModel, rng: random.Random, speed: float = 1.0) -> float:
+    """Mean relative error on work that it has not seen."""
+    works = [some_work(rng) for _ in range(200)]
+    return sum(
+        abs(model.predict_ms(w) - machine(w, speed)) / machine(w, speed) for w in works
+    ) / len(works)
+
+
+def test_it_learns_a_machine_in_spite_of_noise_and_outliers() -> None:
+    model, rng = LatencyModel(), random.Random(0)
+    learn(model, rng, 200)
+    assert error(model, rng) < 0.08
+    learn(model, rng, 800)
+    assert error(model, rng) < 0.05
+    assert model.mape < 0.2
+
+
+def test_it_follows_a_machine_that_slows_down() -> None:
+    model, rng = LatencyModel(), random.Random(1)
+    learn(model, rng, 600)
+    learn(model, rng, 400, speed=1.6)
+    assert error(model, rng, speed=1.6) < 0.1
+
+
+def test_an_hour_of_decoding_does_not_spoil_what_it_knows_of_finetuning() -> None:
+    model, rng = LatencyModel(), random.Random(2)
+    learn(model, rng, 600)
+    for _ in range(50_000):
+        work = IterationWork(decode_rows=2, decode_context=1.0)
+        model.observe(work, machine(work) * rng.lognormvariate(0, 0.05))
+    mixed = IterationWork(
+        decode_rows=2, decode_context=1.0, has_finetuning_rows=1, forward_tokens=40,
+        backward_tokens=30,
+    )  # fmt: skip
+    assert model.predict_ms(mixed) == pytest.approx(machine(mixed), rel=0.15)
+
+
+def test_costs_are_never_negative() -> None:
+    model = LatencyModel()
+    for tokens in range(1, 60):  # the more, the faster: no machine, but it must be survived
+        work = IterationWork(decode_rows=1, has_finetuning_rows=1, forward_tokens=tokens)
+        model.observe(work, 100 / tokens)
+    assert model.cost_ms("forward_tokens") >= 0
+    assert model.predict_ms(IterationWork(decode_rows=1, forward_tokens=500)) >= 0
