@@ -36,9 +36,7 @@ class Budget:
         backward: of a token's backward through all layers.
         max_tokens: bound of the forward tokens, whatever they cost.
         rows: once, if the iteration holds forward tokens.
-        window: of each backward window, beside its tokens.
-        shared: forward and backward each get a part. Beside decode rows, which ride almost free
-            on a forward window, both belong into an iteration; alone, large windows are faster.
+        window: of a backward window in one layer, beside its tokens.
     """
 
     total: float
@@ -47,7 +45,6 @@ class Budget:
     max_tokens: int
     rows: float = 0.0
     window: float = 0.0
-    shared: bool = True
 
     @classmethod
     def of_tokens(cls, num_tokens: int) -> "Budget":
@@ -107,7 +104,7 @@ class LatencyBudget:
             total = 0.0
             if self._left_out == PATIENCE:
                 self._warn(inference)
-        return Budget(total, forward, backward, left, rows, window, inference.has_inference)
+        return Budget(total, forward, backward, left, rows, window)
 
     def _warn(self, inference: IterationWork) -> None:
         """Says once that requests leave finetuning nothing."""

@@ -30,9 +30,11 @@ Sample = tuple[IterationWork, float]
 MAX_SECONDS = 12.0
 SEQUENCE = 192  # tokens of an example
 BATCH = 2
-SHARES = (1 / 16, 1 / 2, 1 / 8, 1.0, 1 / 4)  # of the largest window
-# First iterations of a kind allocate, and compile.
-WARM_UP = 2
+# Finetuning parts, as shares of the largest: alone, and as small as beside requests.
+LARGE = (1 / 2, 1.0, 1 / 4, 1 / 2)
+SMALL = (1 / 16, 1 / 64, 1 / 8, 1 / 16, 1 / 32, 1 / 16, 1 / 4, 1 / 64, 1 / 8, 1 / 32)
+# Optimizer steps at the start that allocate, and on some machines compile.
+WARM_UP_STEPS = 1
 JOB_ID = "calibration"
 # The store issues ids from 1 on.
 LORA_INT_ID = 2**31 - 1
@@ -97,18 +99,20 @@ class Calibration:
         self._planner.add(self._loop(long))
         while not self._planner.loops[JOB_ID].ready:
             yield False
-        windows = [max(16, int(self._max_tokens * share)) for share in SHARES]
-        for index in range(4 * len(windows)):
-            if index in (WARM_UP + 2 * len(windows), 3 * len(windows)):  # beside requests from here
-                for _ in range(rows):
-                    self._add_request(16, len(windows) * 2)
+        while self._planner.loops[JOB_ID].step < WARM_UP_STEPS:
+            self.budget = Budget.of_tokens(self._max_tokens)
+            yield False
+        # Parts that differ from one iteration to the next tell what each costs.
+        for sizes, beside in ((LARGE, 0), (SMALL, 1), (SMALL, rows), (SMALL, 0)):
+            for _ in range(beside):
+                self._add_request(16, len(sizes) + 2)
+            if beside:
                 self.budget = Budget.of_tokens(0)
-                yield False
-            # Parts that differ from one iteration to the next tell what each costs.
-            size = windows[index % len(windows)]
-            backward = (0.5, 1.0, 2.0)[index % 3]
-            self.budget = Budget(float(size), 1.0, backward, size)
-            yield index >= WARM_UP
+                yield False  # their prompts
+            for share in sizes:
+                size = max(4, int(self._max_tokens * share))
+                self.budget = Budget.of_tokens(size)
+                yield True
 
     def _add_request(self, prompt_tokens: int, max_tokens: int) -> None:
         length = max(1, min(prompt_tokens, self._max_length - max_tokens - 1))

@@ -40,7 +40,8 @@ class IterationWork:
         forward_tokens: finetuning tokens of the fused forward.
         backward_tokens: token-layers run backward, divided by the number of layers; the loss head
             counts as so many layers as it costs.
-        backward_windows: backward windows, whatever their size: each reads a layer's weights.
+        backward_windows: backward windows, whatever their size: each reads a layer's weights. The
+            loss head counts as above.
         optimizer_steps: AdamW steps.
     """
 

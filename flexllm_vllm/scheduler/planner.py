@@ -28,10 +28,6 @@ MIN_WINDOW = 16
 # with 256, 512 and 2048 rows), and a batch of several packs can run forward and backward at once.
 PACK_ROWS = 512
 
-# Beside inference an iteration holds forward and backward tokens if so many of each fit; a forward
-# with fewer is not worth what any finetuning row costs (eager, through the LoRA products).
-MIN_SHARED_TOKENS = 8
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -49,8 +45,8 @@ class ModelShape:
 class Planner:
     """Plans the finetuning work of all running jobs.
 
-    Packs run in the order of their batch. While one runs its backward the next runs its forward,
-    so that an iteration can hold both; of each job one pack at a time runs backward.
+    Packs run in the order of their batch, of each job one at a time backward. When its backward
+    ends within an iteration the rest goes to the next forward.
 
     Args:
         shape: of the model.
@@ -170,8 +166,9 @@ class Planner:
         """Plans an iteration.
 
         Args:
-            budget: what its finetuning work may cost. Where it is shared and there is work of both
-                kinds, it is divided so that as many tokens run forward as backward.
+            budget: what its finetuning work may cost. The backward comes first, the forward gets
+                what it leaves: a forward with finetuning rows has costs of its own, so that few
+                large ones are better than a small one in every iteration.
         """
         plan = StepPlan(end=self._ended, drop=self._dropped)
         self._ended, self._dropped = [], []
@@ -182,38 +179,18 @@ class Planner:
         # Who has had least for its weight comes first, so that tokens are shared fairly.
         loops = sorted((x for x in self.loops.values() if x.ready), key=lambda x: x.service)
         if left > 0:
-            left -= self._plan_backward(loops, left - self._kept_for_forward(loops, budget), budget,
-                                        plan)  # fmt: skip
+            left -= self._plan_backward(loops, left, budget, plan)
         for loop in loops:
             if loop.batch is not None and loop.batch.done:
                 plan.optimize.append(loop.close_batch())
             if loop.finished and not loop.saving:
                 plan.save.append(loop.save())
-        if left > budget.rows:
-            affordable = int((left - budget.rows) / budget.forward)
-            self._plan_forward(loops, min(affordable, budget.max_tokens), plan)
+        left -= budget.rows
+        # What any forward costs must be worth it, unless there is nothing else to do.
+        if left > 0 and (left >= budget.rows or not plan.backward):
+            tokens = max(1, int(left / budget.forward))
+            self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
         return plan
-
-    def _kept_for_forward(self, loops: list[TrainingLoop], budget: Budget) -> float:
-        """The part of a shared budget that the backward leaves to the forward."""
-        if not budget.shared:
-            return 0.0
-        tokens = int((budget.total - budget.rows) / (budget.forward + budget.backward))
-        if tokens < MIN_SHARED_TOKENS:
-            return 0.0  # too few for both in one iteration: they alternate
-        tokens = min(tokens, budget.max_tokens, self._forward_rows(loops))
-        return budget.rows + tokens * budget.forward if tokens > 0 else 0.0
-
-    def _forward_rows(self, loops: list[TrainingLoop]) -> int:
-        """Tokens whose forward could be planned now."""
-        return sum(
-            sequence.num_rows - sequence.done
-            for loop in loops
-            if (batch := loop.open_batch()) is not None
-            for pack in batch.packs
-            if pack.phase in (PackPhase.WAITING, PackPhase.FORWARD)
-            for sequence in pack.sequences
-        )
 
     def _plan_backward(
         self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
@@ -230,14 +207,15 @@ class Planner:
                     layers = self.layers(pack.layer)
                     # Of a token in this layer.
                     cost = budget.backward * layers / self.shape.num_layers
-                    wanted = int((limit - used - budget.window) / cost)
+                    fixed = budget.window * layers
+                    wanted = int((limit - used - fixed) / cost)
                     if used > 0 and wanted < min(self.min_window, pack.row):
                         return used
                     size = self._window(pack.row, wanted, self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
-                    used += budget.window + size * cost
+                    used += fixed + size * cost
                     loop.serve(size * layers * 2 / (3 * self.shape.num_layers))
                     self._advance(pack, size)
                 if pack.phase is PackPhase.BACKWARD:

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.buckets import histogram_buckets
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.cpu_defaults import has_few_cores
 from flexllm_vllm.log import get_logger
-from flexllm_vllm.patches import engine_core
+from flexllm_vllm.patches import engine_core, shm_waiting
 from flexllm_vllm.scheduler.budget import LatencyBudget
 from flexllm_vllm.scheduler.calibration import Calibration
 from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
@@ -46,6 +48,8 @@ class FinetuningScheduler(Scheduler):
         config = FinetuningConfig.from_vllm_config(self.vllm_config)
         if config is None:
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
+        if current_platform.is_cpu() and has_few_cores():
+            shm_waiting.apply()
         self._rows = HiddenRows(self, config.max_rows)
         self._planner = Planner(_model_shape(self.vllm_config), self._rows)
         self._max_tokens = config.max_tokens
@@ -215,7 +219,7 @@ class FinetuningScheduler(Scheduler):
                 has_finetuning_rows=float(forward > 0),
                 forward_tokens=float(forward),
                 backward_tokens=weighted / layers,
-                backward_windows=float(len(plan.backward)),
+                backward_windows=sum(self._planner.layers(w.layer) for w in plan.backward),
                 optimizer_steps=float(len(plan.optimize)),
             )
         if not (work.has_inference or work.has_finetuning):
