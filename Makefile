@@ -1,7 +1,7 @@
 # Each target works from a clean clone.
 PY := .venv/bin/python
 
-.PHONY: demo serve test lint bench-train bench-lora model setup clean
+.PHONY: demo serve test lint bench-train bench-lora bench-coserve simulate model setup clean
 
 DATA ?=
 
@@ -24,6 +24,12 @@ bench-train: model  ## finetuning alone against HF PEFT; DATA=chat.jsonl adds re
 
 bench-lora: model  ## LoRA inference against stock vLLM
 	$(PY) -m benchmarks.lora_cpu --model "$$($(PY) setup/demo_model.py)"
+
+bench-coserve: model  ## inference and finetuning at once, against the alternatives; DATA=chat.jsonl for real data
+	$(PY) -m benchmarks.coserve --model "$$($(PY) setup/demo_model.py)" $(if $(DATA),--data $(DATA))
+
+simulate: setup  ## hours of traffic through the scheduler, without a model behind it
+	$(PY) -m benchmarks.simulate
 
 model: setup
 	@$(PY) setup/demo_model.py

@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 
+def all_cores() -> dict[str, str]:
+    """The machine that finetuning's defaults give, for every engine: all cores, Intel's OpenMP."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    iomp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores} | (
+        {"LD_PRELOAD": str(iomp)} if iomp.exists() else {}
+    )
+
+
 class Engine:
     """The parent's side: an engine that sleeps while others are measured.
 
@@ -27,15 +36,7 @@ class Engine:
     def __init__(
         self, model: str, log: Path, finetuning: Path | None = None, **options: Any
     ) -> None:
-        environment = {
-            **os.environ,
-            # Both sides get the machine that finetuning's defaults give: all cores.
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        iomp = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if iomp.exists():
-            environment["LD_PRELOAD"] = str(iomp)
+        environment = {**os.environ, **all_cores(), "VLLM_LOGGING_LEVEL": "WARNING"}
         self._log = log
         self._child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine"],

@@ -28,15 +28,10 @@ def default_dtype() -> str | None:
     return "float32"
 
 
-def has_few_cores() -> bool:
-    """Whether the worker computes on all cores, and nobody else should be busy on one."""
-    return len(os.sched_getaffinity(0)) < FEW_CORES
-
-
 def apply_cpu_defaults() -> None:
     """Binds all of a few cores to the worker, and preloads Intel's OpenMP where it is installed."""
     cores = sorted(os.sched_getaffinity(0))
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and has_few_cores():
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and len(cores) < FEW_CORES:
         binding = ",".join(map(str, cores))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
         logger.info("VLLM_CPU_OMP_THREADS_BIND: all cores, %s", binding)

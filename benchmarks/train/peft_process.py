@@ -45,6 +45,12 @@ class Peft:
 
     def step(self, batch: list[Example]) -> float:
         """One optimizer step on a batch padded to its longest example; returns the loss."""
+        loss = self.accumulate(batch)
+        self.update()
+        return loss
+
+    def accumulate(self, batch: list[Example], share: float = 1.0) -> float:
+        """Adds a share of the batch's gradient to what ``update`` takes; returns the loss."""
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         labels = torch.full((len(batch), longest), -100)
@@ -56,11 +62,14 @@ class Peft:
                 torch.tensor(mask).bool(), torch.tensor(tokens), -100
             )
         loss = self.model(input_ids=ids, attention_mask=attention, labels=labels).loss
-        loss.backward()
+        (loss if share == 1.0 else share * loss).backward()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        """Clips and steps."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
 
     def saved_bytes(self, batch: list[Example]) -> int:
         """Bytes that autograd keeps for the backward, every storage once, weights excepted."""

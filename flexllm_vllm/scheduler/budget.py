@@ -36,7 +36,8 @@ class Budget:
         backward: of a token's backward through all layers.
         max_tokens: bound of the forward tokens, whatever they cost.
         rows: once, if the iteration holds forward tokens.
-        window: of a backward window in one layer, beside its tokens.
+        window: of a backward window, beside its tokens.
+        step: of an optimizer step.
     """
 
     total: float
@@ -45,6 +46,7 @@ class Budget:
     max_tokens: int
     rows: float = 0.0
     window: float = 0.0
+    step: float = 0.0
 
     @classmethod
     def of_tokens(cls, num_tokens: int) -> "Budget":
@@ -84,7 +86,7 @@ class LatencyBudget:
         rows = replace(inference, prefill_tokens=0.0, decode_rows=max(1.0, inference.decode_rows))
         return max(MIN_AUTO_MS, AUTO_MULTIPLE * self.model.predict_ms(rows))
 
-    def budget(self, inference: IterationWork) -> Budget:
+    def budget(self, inference: IterationWork, target_ms: float) -> Budget:
         """For an iteration that holds this inference and nothing else so far."""
         model = self.model
         left = int(max(0, self._max_tokens - inference.prefill_tokens - inference.decode_rows))
@@ -94,7 +96,7 @@ class LatencyBudget:
         window, rows = model.cost_ms("backward_windows"), model.cost_ms("has_finetuning_rows")
         if not inference.has_inference:
             rows += model.cost_ms("has_rows")
-        total = self.target_ms(inference) / model.margin - model.predict_ms(inference)
+        total = target_ms / model.margin - model.predict_ms(inference)
         if not inference.has_inference or self._left_out >= PATIENCE:
             total = max(total, self._least())
         if total > 0:
@@ -104,7 +106,8 @@ class LatencyBudget:
             total = 0.0
             if self._left_out == PATIENCE:
                 self._warn(inference)
-        return Budget(total, forward, backward, left, rows, window)
+        step = model.cost_ms("optimizer_steps")
+        return Budget(total, forward, backward, left, rows, window, step)
 
     def _warn(self, inference: IterationWork) -> None:
         """Says once that requests leave finetuning nothing."""

@@ -16,6 +16,8 @@ from vllm.v1.request import Request, RequestStatus
 from flexllm_vllm.plan import ForwardWindow, StepPlan
 from flexllm_vllm.scheduler.pack import Pack, Sequence
 
+_FIELDS = tuple(f.name for f in fields(SchedulerOutput))
+
 
 @dataclass
 class FinetuningSchedulerOutput(SchedulerOutput):
@@ -42,14 +44,18 @@ class HiddenRows:
         self.num_blocks: int = scheduler.kv_cache_config.num_blocks - 1  # block 0 is vLLM's null
         self._rows: list[tuple[Sequence, int, Any]] = []
 
-    def fits(self, pack: Pack) -> bool:
+    def fits(self, pack: Pack, promised: int) -> bool:
         """Whether a pack can get its KV blocks without soon being in inference's way.
+
+        Args:
+            pack: that is to be opened.
+            promised: blocks that open packs will ask for.
 
         Every running request may ask for a block in its next steps; they are left alone.
         """
         free = self._manager.block_pool.get_num_free_blocks()
         reserve = min(len(self._scheduler.running), self.num_blocks // 2)
-        return pack.num_blocks(self.block_size) <= free - reserve
+        return pack.num_blocks(self.block_size) <= free - reserve - promised
 
     def open(self, pack: Pack, lora: LoRARequest) -> None:
         """Makes vLLM's view of a pack's sequences."""
@@ -118,7 +124,7 @@ class HiddenRows:
         fresh = self._scheduler._get_new_block_ids_to_zero()
         if fresh:
             output.new_block_ids_to_zero = (output.new_block_ids_to_zero or []) + fresh
-        values = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
+        values = {name: getattr(output, name) for name in _FIELDS}
         return FinetuningSchedulerOutput(**values, finetuning=plan)
 
 

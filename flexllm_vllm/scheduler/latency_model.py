@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
+from operator import mul
 
 import numpy as np
 
@@ -40,8 +41,7 @@ class IterationWork:
         forward_tokens: finetuning tokens of the fused forward.
         backward_tokens: token-layers run backward, divided by the number of layers; the loss head
             counts as so many layers as it costs.
-        backward_windows: backward windows, whatever their size: each reads a layer's weights. The
-            loss head counts as above.
+        backward_windows: backward windows, whatever their size: each reads a layer's weights.
         optimizer_steps: AdamW steps.
     """
 
@@ -73,6 +73,8 @@ class IterationWork:
 
 TERMS = ("constant", "has_rows", *IterationWork.__dataclass_fields__)
 
+_INDEX = {term: index for index, term in enumerate(TERMS)}
+
 # Milliseconds of each term before anything was measured, and how far from the truth that may be:
 # a small model on two cores. Wrong by far on a GPU, where the calibration corrects it.
 _PRIOR_MS = np.array([1.0, 10.0, 1.0, 1.0, 1.0, 5.0, 1.0, 2.0, 0.5, 20.0])
@@ -89,6 +91,7 @@ class LatencyModel:
 
     def __init__(self) -> None:
         self._coefficients = _PRIOR_MS.copy()
+        self._values: list[float] = _PRIOR_MS.tolist()
         self._covariance = np.diag(_PRIOR_SPREAD**2)
         self._most_spread = _PRIOR_SPREAD**2
         self._low = np.zeros(len(TERMS))
@@ -103,7 +106,7 @@ class LatencyModel:
     @property
     def coefficients(self) -> dict[str, float]:
         """Milliseconds of one unit of each term."""
-        return dict(zip(TERMS, self._coefficients.tolist(), strict=True))
+        return dict(zip(TERMS, self._values, strict=True))
 
     def calibrate(self, samples: list[tuple[IterationWork, float]]) -> None:
         """Starts from measured iterations: least squares on relative errors.
@@ -126,6 +129,7 @@ class LatencyModel:
             / np.maximum(1.0, (rows * durations[:, None]).max(axis=0))
         )
         self._coefficients = found
+        self._values = found.tolist()
         self._low, self._high = found / TRUST, np.maximum(found * TRUST, unseen)
         self._floor = np.maximum(0.1 * found, 0.1 * unseen)
         # Trusted within a quarter; the traffic will say the rest.
@@ -135,11 +139,11 @@ class LatencyModel:
 
     def predict_ms(self, work: IterationWork) -> float:
         """Expected duration of an iteration."""
-        return float(self._coefficients @ work.terms)
+        return sum(map(mul, self._values, work.terms))
 
     def cost_ms(self, term: str) -> float:
         """Expected milliseconds of one more unit of a term of :class:`IterationWork`."""
-        return float(self._coefficients[TERMS.index(term)])
+        return self._values[_INDEX[term]]
 
     @property
     def margin(self) -> float:
@@ -157,7 +161,7 @@ class LatencyModel:
             return
         self._num_observed += 1
         terms = np.array(work.terms)
-        predicted = float(self._coefficients @ terms)
+        predicted = self.predict_ms(work)
         if work.has_inference and work.has_finetuning:
             self._learn_margin(duration_ms / max(predicted, 1e-3))
         error = abs(duration_ms - predicted) / duration_ms
@@ -174,6 +178,7 @@ class LatencyModel:
         gain = spread * (weight / (NOISE**2 + weight * float(x @ spread)))
         moved = self._coefficients + gain * error
         self._coefficients = np.minimum(np.maximum(moved, self._low), self._high)
+        self._values = self._coefficients.tolist()
         covariance = self._covariance - gain[:, None] * spread
         # Only what this iteration held can have drifted as far as it tells, and nothing is ever
         # less certain than at the start: hours without finetuning do not unlearn its cost.

@@ -179,18 +179,34 @@ class Planner:
         # Who has had least for its weight comes first, so that tokens are shared fairly.
         loops = sorted((x for x in self.loops.values() if x.ready), key=lambda x: x.service)
         if left > 0:
+            left -= self._plan_steps(loops, left, budget, plan)
             left -= self._plan_backward(loops, left, budget, plan)
+            left -= self._plan_steps(loops, left, budget, plan)
         for loop in loops:
-            if loop.batch is not None and loop.batch.done:
-                plan.optimize.append(loop.close_batch())
             if loop.finished and not loop.saving:
                 plan.save.append(loop.save())
         left -= budget.rows
         # What any forward costs must be worth it, unless there is nothing else to do.
-        if left > 0 and (left >= budget.rows or not plan.backward):
+        if left > 0 and (left >= budget.rows or not (plan.backward or plan.optimize)):
             tokens = max(1, int(left / budget.forward))
             self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
         return plan
+
+    def _plan_steps(
+        self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
+    ) -> float:
+        """Plans the optimizer steps that are due, where they fit; returns what they cost.
+
+        One that does not fit comes first in the next iteration, whatever it costs.
+        """
+        used = 0.0
+        for loop in loops:
+            if loop.batch is not None and loop.batch.done:
+                first = not plan.optimize and not plan.backward
+                if first or used + budget.step <= limit:
+                    plan.optimize.append(loop.close_batch())
+                    used += budget.step
+        return used
 
     def _plan_backward(
         self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
@@ -207,15 +223,14 @@ class Planner:
                     layers = self.layers(pack.layer)
                     # Of a token in this layer.
                     cost = budget.backward * layers / self.shape.num_layers
-                    fixed = budget.window * layers
-                    wanted = int((limit - used - fixed) / cost)
+                    wanted = int((limit - used - budget.window) / cost)
                     if used > 0 and wanted < min(self.min_window, pack.row):
                         return used
                     size = self._window(pack.row, wanted, self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
-                    used += fixed + size * cost
+                    used += budget.window + size * cost
                     loop.serve(size * layers * 2 / (3 * self.shape.num_layers))
                     self._advance(pack, size)
                 if pack.phase is PackPhase.BACKWARD:
@@ -270,7 +285,14 @@ class Planner:
         assert loop.batch is not None
         assert loop.layout is not None
         num_pages = -(-pack.num_rows // loop.layout.tokens_per_page)
-        if num_pages > self.pages.num_free or not self._rows.fits(pack):
+        # Blocks that open packs will still ask for are not free, or two would wait for each other.
+        promised = sum(
+            s.num_blocks(self._rows.block_size) - -(-s.done // self._rows.block_size)
+            for other in self._packs.values()
+            if other.phase is PackPhase.FORWARD
+            for s in other.sequences
+        )
+        if num_pages > self.pages.num_free or not self._rows.fits(pack, promised):
             return False
         pack.pages = self.pages.take(num_pages)
         pack.phase = PackPhase.FORWARD

@@ -5,16 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.buckets import histogram_buckets
 
 from flexllm_vllm.config import FinetuningConfig
-from flexllm_vllm.cpu_defaults import has_few_cores
 from flexllm_vllm.log import get_logger
-from flexllm_vllm.patches import engine_core, shm_waiting
+from flexllm_vllm.patches import engine_core
 from flexllm_vllm.scheduler.budget import LatencyBudget
 from flexllm_vllm.scheduler.calibration import Calibration
 from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
@@ -48,8 +46,6 @@ class FinetuningScheduler(Scheduler):
         config = FinetuningConfig.from_vllm_config(self.vllm_config)
         if config is None:
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
-        if current_platform.is_cpu() and has_few_cores():
-            shm_waiting.apply()
         self._rows = HiddenRows(self, config.max_rows)
         self._planner = Planner(_model_shape(self.vllm_config), self._rows)
         self._max_tokens = config.max_tokens
@@ -62,6 +58,7 @@ class FinetuningScheduler(Scheduler):
             )
         )
         self._target_ms: float | None = None
+        self._inference = IterationWork()
         self._iteration_began = (time.time(), self._clock())
         self._calibration: Calibration | None = None
         self._engine_runs: Callable[[], bool] = lambda: True
@@ -147,10 +144,13 @@ class FinetuningScheduler(Scheduler):
         try:
             self._jobs.take_news()
             left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-            inference = inference_work(output)
+            inference = self._inference = inference_work(output)
             self._target_ms = self._budget.target_ms(inference)
             calibration = self._calibration
-            budget = calibration.budget if calibration else self._budget.budget(inference)
+            if calibration is None:
+                budget = self._budget.budget(inference, self._target_ms)
+            else:
+                budget = calibration.budget
             plan = self._planner.plan(replace(budget, max_tokens=min(left, budget.max_tokens)))
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
@@ -206,20 +206,19 @@ class FinetuningScheduler(Scheduler):
     def _record(self, output: Any) -> None:
         started, began = self._iteration_began
         plan = output.finetuning if isinstance(output, FinetuningSchedulerOutput) else None
-        work = inference = inference_work(output)
+        work = inference = inference_work(output) if plan is None else self._inference
         layer_tokens = 0
         if plan is not None:
             layers = self._planner.shape.num_layers
             forward = sum(w.end - w.start for w in plan.forward)
             layer_tokens = sum(w.end - w.start for w in plan.backward if w.layer < layers)
             weighted = sum((w.end - w.start) * self._planner.layers(w.layer) for w in plan.backward)
-            inference = replace(work, prefill_tokens=work.prefill_tokens - forward)
             work = replace(
                 inference,
                 has_finetuning_rows=float(forward > 0),
                 forward_tokens=float(forward),
                 backward_tokens=weighted / layers,
-                backward_windows=sum(self._planner.layers(w.layer) for w in plan.backward),
+                backward_windows=float(len(plan.backward)),
                 optimizer_steps=float(len(plan.optimize)),
             )
         if not (work.has_inference or work.has_finetuning):

@@ -9,7 +9,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from flexllm_vllm.config import FinetuningConfig
-from flexllm_vllm.cpu_defaults import has_few_cores
 from flexllm_vllm.kernels import native
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
@@ -19,7 +18,6 @@ from flexllm_vllm.patches import (
     cpu_compilation,
     cpu_linear_weights,
     cpu_lora_ops,
-    shm_waiting,
 )
 from flexllm_vllm.plan import StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
@@ -62,8 +60,6 @@ class FinetuningWorker(CPUWorker):
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_lora_ops.apply()
         cpu_compilation.apply_to_layers()
-        if has_few_cores():
-            shm_waiting.apply()
         native.library()  # compiled at the first start on a machine, not during the first job
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
 

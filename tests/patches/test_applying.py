@@ -16,7 +16,6 @@ from flexllm_vllm.patches import (
     endpoint_plugins,
     engine_core,
     require,
-    shm_waiting,
 )
 
 
@@ -26,7 +25,6 @@ def test_a_missing_attribute_is_named() -> None:
 
 
 def test_patches_are_applied_once() -> None:
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.entrypoints.launchers import app
     from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.engine.core import EngineCoreProc
@@ -36,7 +34,6 @@ def test_patches_are_applied_once() -> None:
         (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
         (endpoint_plugins, app, "attach_endpoint_plugins"),
         (engine_core, EngineCoreProc, "run_busy_loop"),
-        (shm_waiting, SpinCondition, "wait"),
     ):
         patch.apply()
         once = getattr(owner, name)

@@ -20,7 +20,7 @@ class Machine:
         self.rng = random.Random(0)
 
     def iteration(self, inference: IterationWork) -> tuple[IterationWork, float]:
-        allowed = self.budget.budget(inference)
+        allowed = self.budget.budget(inference, self.budget.target_ms(inference))
         half = max(0.0, allowed.total - allowed.rows) / 2
         forward = min(int(half / allowed.forward), allowed.max_tokens)
         work = replace(
@@ -68,7 +68,7 @@ def test_a_long_prefill_leaves_nothing() -> None:
     for _ in range(50):
         simulated.iteration(DECODING)
         simulated.iteration(replace(DECODING, prefill_tokens=60.0))
-    assert simulated.budget.budget(replace(DECODING, prefill_tokens=300.0)).total == 0.0
+    assert simulated.budget.budget(replace(DECODING, prefill_tokens=300.0), 100.0).total == 0.0
 
 
 def test_tokens_are_bounded_whatever_the_target_allows() -> None:
@@ -76,4 +76,4 @@ def test_tokens_are_bounded_whatever_the_target_allows() -> None:
     for _ in range(60):
         work, _ = simulated.iteration(DECODING)
         assert work.forward_tokens <= 62
-    assert simulated.budget.budget(replace(DECODING, prefill_tokens=100.0)).max_tokens == 0
+    assert simulated.budget.budget(replace(DECODING, prefill_tokens=100.0), 100.0).max_tokens == 0

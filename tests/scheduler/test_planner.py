@@ -32,8 +32,8 @@ class Rows:
     def _free(self) -> int:
         return self.num_blocks - sum(self.held.values())
 
-    def fits(self, pack: Pack) -> bool:
-        return pack.num_blocks(self.block_size) <= self._free()
+    def fits(self, pack: Pack, promised: int) -> bool:
+        return pack.num_blocks(self.block_size) <= self._free() - promised
 
     def open(self, pack: Pack, lora: Any) -> None:
         for i, sequence in enumerate(pack.sequences):

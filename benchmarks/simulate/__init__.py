@@ -1,0 +1,1 @@
+"""Hours of traffic through the real scheduler, without a model behind it."""
