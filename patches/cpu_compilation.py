@@ -94,7 +94,31 @@ def _use_fast_operations(model: torch.nn.Module) -> None:
     """Under the compiler vLLM's operations are written in torch, to be fused; run eagerly they are
     slower than its own C++ ones. The graph exists already and is not concerned."""
     from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
 
     for module in model.modules():
-        if isinstance(module, CustomOp) and hasattr(module, "_forward_method"):
+        if type(module) is RMSNorm and module.variance_size_override is None:
+            module._forward_method = functools.partial(_rms_norm, module)
+        elif type(module) is SiluAndMul:
+            module._forward_method = _silu_and_mul
+        elif isinstance(module, CustomOp) and hasattr(module, "_forward_method"):
             module._forward_method = module.forward_cpu
+
+
+def _rms_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    """``RMSNorm.forward``; with a residual ``x`` and it are overwritten, as vLLM allows."""
+    weight = norm.weight.data
+    if residual is None:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, weight, norm.variance_epsilon)
+        return out
+    torch.ops._C.fused_add_rms_norm(x, residual, weight, norm.variance_epsilon)
+    return x, residual
+
+
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``SiluAndMul.forward``."""
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    torch.ops._C.silu_and_mul(out, x)
+    return out

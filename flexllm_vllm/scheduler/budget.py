@@ -16,6 +16,9 @@ MIN_AUTO_MS = 10.0
 # Without --finetuning-ttft-slo-ms: an iteration without inference may take so many times the target
 # of one with it. A request that arrives during it waits for its end.
 IDLE_MULTIPLE = 4.0
+# So many iterations after the last request the target stays as it was: a client that asks again at
+# once does not wait for a long iteration, and finetuning is soon back at full speed.
+LINGER = 3
 # Of the TTFT target, what may be spent waiting for the iteration in which the request arrives.
 IDLE_SHARE_OF_TTFT = 0.5
 MIN_COST_MS = 1e-3
@@ -74,9 +77,12 @@ class LatencyBudget:
         self._ttft_slo_ms = ttft_slo_ms
         self._left_out = 0
         self._warned = False
+        self._since_inference = LINGER
 
     def target_ms(self, inference: IterationWork) -> float:
         """Longest that an iteration with this inference may take because of finetuning."""
+        if not inference.has_inference and self._since_inference < LINGER:
+            inference = IterationWork(decode_rows=1.0)
         if not inference.has_inference:
             if self._ttft_slo_ms is not None:
                 return IDLE_SHARE_OF_TTFT * self._ttft_slo_ms
@@ -133,4 +139,5 @@ class LatencyBudget:
 
     def observe(self, work: IterationWork, duration_ms: float) -> None:
         """Learns from an iteration."""
+        self._since_inference = 0 if work.has_inference else self._since_inference + 1
         self.model.observe(work, duration_ms)

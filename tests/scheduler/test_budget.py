@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from test_latency_model import machine
 
-from flexllm_vllm.scheduler.budget import AUTO_MULTIPLE, IDLE_MULTIPLE, LatencyBudget
+from flexllm_vllm.scheduler.budget import AUTO_MULTIPLE, IDLE_MULTIPLE, LINGER, LatencyBudget
 from flexllm_vllm.scheduler.latency_model import IterationWork
 
 DECODING = IterationWork(decode_rows=2, decode_context=0.5)
@@ -50,6 +50,10 @@ def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:
         budget.observe(DECODING, alone)
     assert budget.target_ms(DECODING) == pytest.approx(AUTO_MULTIPLE * alone, rel=0.05)
     one_row = budget.target_ms(IterationWork(decode_rows=1.0))
+    assert budget.target_ms(IDLE) == one_row  # a client may ask again at once
+    for _ in range(LINGER):
+        budget.observe(IterationWork(backward_tokens=20.0), 50.0)
+    one_row = budget.target_ms(IterationWork(decode_rows=1.0))
     assert budget.target_ms(IDLE) == pytest.approx(IDLE_MULTIPLE * one_row)
 
 
@@ -58,7 +62,8 @@ def test_an_iteration_without_requests_is_bounded_by_the_ttft_target() -> None:
     for _ in range(100):
         simulated.iteration(DECODING)
         simulated.iteration(IDLE)
-    work, ms = simulated.iteration(IDLE)
+    for _ in range(LINGER + 1):
+        work, ms = simulated.iteration(IDLE)
     assert work.has_finetuning
     assert ms < 300.0 * 1.2
 
