@@ -83,7 +83,7 @@ class OpenPack:
         return sum(len(s.targets) for s in self.sequences)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ForwardWindow:
     """Tokens ``[start, end)`` of a sequence: a hidden row of this iteration's batch."""
 
@@ -93,7 +93,7 @@ class ForwardWindow:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BackwardWindow:
     """Rows ``[start, end)`` of a pack in one layer; ``layer == num_layers`` is the loss head."""
 

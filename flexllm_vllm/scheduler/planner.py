@@ -217,22 +217,24 @@ class Planner:
         whatever its size.
         """
         used = 0.0
+        head = self.shape.num_layers
+        per_layer = budget.backward / head  # of a token in one layer
         for loop in loops:
             for pack in loop.batch.packs if loop.batch else []:
+                done = 0.0  # token-layers
                 while pack.phase is PackPhase.BACKWARD and used < limit:
-                    layers = self.layers(pack.layer)
-                    # Of a token in this layer.
-                    cost = budget.backward * layers / self.shape.num_layers
-                    wanted = int((limit - used - budget.window) / cost)
-                    if used > 0 and wanted < min(self.min_window, pack.row):
-                        return used
+                    layers = self.shape.loss_head_layers if pack.layer == head else 1.0
+                    wanted = int((limit - used - budget.window) / (per_layer * layers))
+                    if used > 0 and wanted < self.min_window and wanted < pack.row:
+                        break
                     size = self._window(pack.row, wanted, self.min_window)
                     plan.backward.append(
                         BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
                     )
-                    used += budget.window + size * cost
-                    loop.serve(size * layers * 2 / (3 * self.shape.num_layers))
-                    self._advance(pack, size)
+                    used += budget.window + size * layers * per_layer
+                    done += size * layers
+                    self._advance(loop, pack, size)
+                loop.serve(done * 2 / (3 * head))
                 if pack.phase is PackPhase.BACKWARD:
                     break
         return used
@@ -246,12 +248,12 @@ class Planner:
         size = min(remaining, max(wanted, least))
         return size if self.max_window is None else min(size, self.max_window)
 
-    def _advance(self, pack: Pack, num_rows: int) -> None:
+    def _advance(self, loop: TrainingLoop, pack: Pack, num_rows: int) -> None:
         pack.row -= num_rows
-        if pack.row == 0:
-            pack.layer -= 1
-            pack.row = pack.num_rows
-        loop = self.loops[pack.job_id]
+        if pack.row:
+            return
+        pack.layer -= 1
+        pack.row = pack.num_rows
         assert loop.layout is not None
         if pack.layer < loop.layout.lowest_layer:
             pack.phase = PackPhase.DONE
