@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 MIN_WINDOW = 16
 
 # Rows of a pack of several sequences: GEMMs hardly gain beyond (on 2 cores 311, 341 and 342 GFLOP/s
-# with 256, 512 and 2048 rows), and a batch of several packs can run forward and backward at once.
+# with 256, 512 and 2048 rows), and a pack that must be given up has lost less.
 PACK_ROWS = 512
 
 
@@ -78,8 +78,7 @@ class Planner:
         return bool(self.loops or self._ended)
 
     def make_packs(self, loop: TrainingLoop, sequences: list[Sequence]) -> list[Pack]:
-        """Packs of at most half the caches, so that two can be open: while one runs backward, the
-        next runs forward."""
+        """Packs of at most half the caches, so that two can be open, of one job or of two."""
         assert loop.layout is not None
         return make_packs(
             loop.job.id,

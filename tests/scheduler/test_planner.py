@@ -58,12 +58,16 @@ class Rows:
 
 def make_loop(planner: Planner, name: str, lengths: list[int], tmp_path: Path,
               batch_size: int = 4, n_epochs: int = 2,
-              layout: AdapterLayout | None = LAYOUT) -> TrainingLoop:  # fmt: skip
+              layout: AdapterLayout | None = LAYOUT,
+              weight: float = 1.0) -> TrainingLoop:  # fmt: skip
     builder = DatasetBuilder()
     rng = np.random.default_rng(len(lengths))
     for length in lengths:
         builder.add(rng.integers(3, 99, length).tolist(), [0] + [1] * (length - 1))
-    training = TrainingSpec(batch_size=batch_size, max_seq_length=512, seed=0, n_epochs=n_epochs)
+    training = TrainingSpec(
+        batch_size=batch_size, max_seq_length=512, seed=0, n_epochs=n_epochs,
+        scheduling_weight=weight,
+    )  # fmt: skip
     job = FinetuningJob(
         id=name, model="m", status=JobStatus.RUNNING, training_file="f", suffix=None,
         lora=LoraSpec(), training=training, hyperparameters={}, created_at=0, started_at=0,
@@ -190,6 +194,15 @@ def test_two_jobs_take_turns(tmp_path: Path) -> None:
         counts = [worker.steps.get(name, 0) for name in ("a", "b")]
         assert abs(counts[0] - counts[1]) <= 1
     assert min(counts) > 0
+
+
+def test_a_job_of_twice_the_weight_gets_twice_the_steps(tmp_path: Path) -> None:
+    planner, _, worker = make()
+    make_loop(planner, "a", [40] * 64, tmp_path, n_epochs=9)
+    make_loop(planner, "b", [40] * 64, tmp_path, n_epochs=9, weight=2.0)
+    for _ in range(300):
+        worker.run(32)
+    assert worker.steps["b"] == pytest.approx(2 * worker.steps["a"], rel=0.1)
 
 
 def test_a_removed_job_gives_everything_back(tmp_path: Path) -> None:
