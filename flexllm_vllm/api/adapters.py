@@ -85,7 +85,7 @@ class ServedAdapters(dict[str, LoRARequest]):
             return
         adapters = {
             adapter.name: adapter
-            for adapter in self._store.list_served_adapters()
+            for adapter in self._store.adapters.all()
             if adapter.base_model in self._base_models
         }
         for name in self._created.keys() - adapters.keys():

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from flexllm_vllm.data.errors import DataError, UnsupportedTokenizerError
 from flexllm_vllm.jobs.errors import (
+    AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
@@ -90,6 +91,8 @@ def as_api_error(error: Exception, where: str) -> ApiError:
         case FileNotStoredError() | JobNotFoundError():
             param = "fine_tune_id" if isinstance(error, JobNotFoundError) else "id"
             return ApiError(404, str(error), param)
+        case AdapterNotFoundError():
+            return ApiError(404, str(error), "model", "model_not_found")
         case CursorNotFoundError():
             return invalid(str(error), "after")
         case FileInUseError():

@@ -11,6 +11,7 @@ from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
 from flexllm_vllm.api.responses import file_object, page
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.tenants import CurrentTenant
 
 router = APIRouter(prefix="/v1/files", route_class=OpenAIRoute, tags=["finetuning"])
 
@@ -36,7 +37,7 @@ _FORM = {
 
 
 @router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, service: Service) -> dict[str, Any]:
+async def create_file(request: Request, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Upload a training file; every line is checked."""
     # The form is read here and not by FastAPI, so that the size is known before the body is read.
     _check_size(service, int(request.headers.get("content-length") or 0) - _FORM_BYTES)
@@ -51,13 +52,14 @@ async def create_file(request: Request, service: Service) -> dict[str, Any]:
             raise invalid("Missing required parameter: 'purpose'", "purpose")
         _check_size(service, file.size or 0)
         filename = file.filename or "upload.jsonl"
-        stored = await asyncio.to_thread(service.upload, file.file, filename, purpose)
+        stored = await asyncio.to_thread(service.upload, file.file, filename, purpose, tenant)
     return file_object(stored)
 
 
 @router.get("")
 async def list_files(
     service: Service,
+    tenant: CurrentTenant,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
@@ -65,28 +67,30 @@ async def list_files(
 ) -> dict[str, Any]:
     """Uploaded files."""
     files, has_more = await asyncio.to_thread(
-        service.store.files.page, after, limit, order, purpose
+        service.store.files.page, after, limit, order, purpose, tenant.organization_id
     )
     return page([file_object(file) for file in files], has_more)
 
 
 @router.get("/{file_id}")
-async def get_file(file_id: str, service: Service) -> dict[str, Any]:
+async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One file, without its content."""
-    return file_object(await asyncio.to_thread(service.store.files.get, file_id))
+    return file_object(
+        await asyncio.to_thread(service.store.files.get, file_id, tenant.organization_id)
+    )
 
 
 @router.get("/{file_id}/content", response_class=FileResponse)
-async def get_file_content(file_id: str, service: Service) -> FileResponse:
+async def get_file_content(file_id: str, service: Service, tenant: CurrentTenant) -> FileResponse:
     """The file as it was uploaded."""
-    path = await asyncio.to_thread(service.store.files.path, file_id)
+    path = await asyncio.to_thread(service.store.files.path, file_id, tenant.organization_id)
     return FileResponse(path, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}")
-async def delete_file(file_id: str, service: Service) -> dict[str, Any]:
+async def delete_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Delete a file that no unfinished job needs."""
-    await asyncio.to_thread(service.store.files.delete, file_id)
+    await asyncio.to_thread(service.store.files.delete, file_id, tenant.organization_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 

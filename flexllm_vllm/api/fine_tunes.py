@@ -10,6 +10,7 @@ from flexllm_vllm.api.errors import OpenAIRoute, invalid
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, LegacyJobCreateRequest
 from flexllm_vllm.api.responses import legacy_event_object, legacy_job_object
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.tenants import CurrentTenant, Tenant
 from flexllm_vllm.jobs.errors import FileNotStoredError
 from flexllm_vllm.jobs.types import FinetuningJob, JobEvent, StoredFile
 
@@ -20,7 +21,9 @@ _ALL = 1_000_000
 
 
 @router.post("")
-async def create_fine_tune(body: LegacyJobCreateRequest, service: Service) -> dict[str, Any]:
+async def create_fine_tune(
+    body: LegacyJobCreateRequest, service: Service, tenant: CurrentTenant
+) -> dict[str, Any]:
     """Queue a job."""
     request = JobCreateRequest(
         model=body.model or service.base_models[0],
@@ -32,51 +35,56 @@ async def create_fine_tune(body: LegacyJobCreateRequest, service: Service) -> di
             learning_rate_multiplier=body.learning_rate_multiplier,
         ),
     )
-    job = await asyncio.to_thread(service.create_job, request)
-    return await asyncio.to_thread(_with_events, service, job)
+    job = await asyncio.to_thread(service.create_job, request, tenant)
+    return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
 @router.get("")
-async def list_fine_tunes(service: Service) -> dict[str, Any]:
+async def list_fine_tunes(service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """All jobs, oldest first."""
-    return {"object": "list", "data": await asyncio.to_thread(_all, service)}
+    return {"object": "list", "data": await asyncio.to_thread(_all, service, tenant)}
 
 
 @router.get("/{job_id}")
-async def get_fine_tune(job_id: str, service: Service) -> dict[str, Any]:
+async def get_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One job with its events."""
-    job = await asyncio.to_thread(service.store.get_job, job_id)
-    return await asyncio.to_thread(_with_events, service, job)
+    job = await asyncio.to_thread(service.store.get_job, job_id, tenant.organization_id)
+    return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_fine_tune(job_id: str, service: Service) -> dict[str, Any]:
+async def cancel_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Cancel: a queued job at once, a running one at its next step."""
-    job = await asyncio.to_thread(service.store.request_cancel, job_id)
-    return await asyncio.to_thread(_with_events, service, job)
+    job = await asyncio.to_thread(service.store.request_cancel, job_id, tenant.organization_id)
+    return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
 @router.get("/{job_id}/events")
 async def list_fine_tune_events(
-    job_id: str, service: Service, stream: bool = False
+    job_id: str, service: Service, tenant: CurrentTenant, stream: bool = False
 ) -> dict[str, Any]:
     """Events of a job, oldest first."""
     if stream:
         raise invalid(
             "Streaming events is not supported yet; ask again from time to time", "stream"
         )
-    events = await asyncio.to_thread(_events, service, job_id)
+    events = await asyncio.to_thread(_events, service, job_id, tenant)
     return {"object": "list", "data": [legacy_event_object(event) for event in events]}
 
 
-def _all(service: FinetuningService) -> list[dict[str, Any]]:
-    jobs, _ = service.store.list_jobs(limit=_ALL)
-    files = {file.id: file for file in service.store.files.page(limit=_ALL)[0]}
+def _all(service: FinetuningService, tenant: Tenant) -> list[dict[str, Any]]:
+    jobs, _ = service.store.list_jobs(limit=_ALL, organization_id=tenant.organization_id)
+    files = {file.id: file for file in _files(service, tenant)}
     return [legacy_job_object(job, files.get(job.training_file)) for job in reversed(jobs)]
 
 
-def _with_events(service: FinetuningService, job: FinetuningJob) -> dict[str, Any]:
-    return legacy_job_object(job, _training_file(service, job), _events(service, job.id))
+def _files(service: FinetuningService, tenant: Tenant) -> list[StoredFile]:
+    files, _ = service.store.files.page(limit=_ALL, organization_id=tenant.organization_id)
+    return files
+
+
+def _with_events(service: FinetuningService, job: FinetuningJob, tenant: Tenant) -> dict[str, Any]:
+    return legacy_job_object(job, _training_file(service, job), _events(service, job.id, tenant))
 
 
 def _training_file(service: FinetuningService, job: FinetuningJob) -> StoredFile | None:
@@ -86,6 +94,8 @@ def _training_file(service: FinetuningService, job: FinetuningJob) -> StoredFile
         return None  # a finished job outlives its file
 
 
-def _events(service: FinetuningService, job_id: str) -> list[JobEvent]:
-    events, _ = service.store.list_events(job_id, limit=_ALL)
+def _events(service: FinetuningService, job_id: str, tenant: Tenant) -> list[JobEvent]:
+    events, _ = service.store.list_events(
+        job_id, limit=_ALL, organization_id=tenant.organization_id
+    )
     return events[::-1]

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from flexllm_vllm.api.dependencies import Service
-from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.requests import JobCreateRequest
-from flexllm_vllm.api.responses import event_object, job_object, page
+from flexllm_vllm.api.responses import checkpoint_object, event_object, job_object, page
+from flexllm_vllm.api.tenants import CurrentTenant
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=OpenAIRoute, tags=["finetuning"])
 
@@ -16,38 +17,95 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-async def create_job(body: JobCreateRequest, service: Service) -> dict[str, Any]:
+async def create_job(
+    body: JobCreateRequest, service: Service, tenant: CurrentTenant
+) -> dict[str, Any]:
     """Queue a job. Its data is tokenized before the answer, so that data errors are answers."""
-    return job_object(await asyncio.to_thread(service.create_job, body))
+    return job_object(await asyncio.to_thread(service.create_job, body, tenant))
 
 
 @router.get("")
 async def list_jobs(
-    request: Request, service: Service, after: str | None = None, limit: Limit = 20
+    request: Request,
+    service: Service,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Limit = 20,
 ) -> dict[str, Any]:
-    """Jobs, newest first."""
-    if any(name.startswith("metadata") for name in request.query_params):
-        raise invalid("Filtering by metadata is not supported yet", "metadata")
-    jobs, has_more = await asyncio.to_thread(service.store.list_jobs, after, limit)
+    """Jobs, newest first. ``metadata[key]=value`` asks for jobs that have this pair,
+    ``metadata=null`` for jobs without metadata."""
+    jobs, has_more = await asyncio.to_thread(
+        service.store.list_jobs, after, limit, tenant.organization_id, _metadata_filter(request)
+    )
     return page([job_object(job) for job in jobs], has_more)
 
 
 @router.get("/{job_id}")
-async def get_job(job_id: str, service: Service) -> dict[str, Any]:
+async def get_job(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One job."""
-    return job_object(await asyncio.to_thread(service.store.get_job, job_id))
+    job = await asyncio.to_thread(service.store.get_job, job_id, tenant.organization_id)
+    return job_object(job)
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_job(job_id: str, service: Service) -> dict[str, Any]:
-    """Cancel: a queued job at once, a running one at its next step."""
-    return job_object(await asyncio.to_thread(service.store.request_cancel, job_id))
+async def cancel_job(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
+    """Cancel: a queued or paused job at once, a running one at its next step."""
+    job = await asyncio.to_thread(service.store.request_cancel, job_id, tenant.organization_id)
+    return job_object(job)
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
+    """Pause: a queued job at once, a running one at its next step, with a checkpoint."""
+    job = await asyncio.to_thread(service.store.request_pause, job_id, tenant.organization_id)
+    return job_object(job)
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
+    """Queue a paused job again; it continues where it was."""
+    job = await asyncio.to_thread(service.store.resume, job_id, tenant.organization_id)
+    return job_object(job)
 
 
 @router.get("/{job_id}/events")
 async def list_events(
-    job_id: str, service: Service, after: str | None = None, limit: Limit = 20
+    job_id: str,
+    service: Service,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Limit = 20,
 ) -> dict[str, Any]:
     """Events of a job, newest first."""
-    events, has_more = await asyncio.to_thread(service.store.list_events, job_id, after, limit)
+    events, has_more = await asyncio.to_thread(
+        service.store.list_events, job_id, after, limit, tenant.organization_id
+    )
     return page([event_object(event) for event in events], has_more)
+
+
+@router.get("/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str,
+    service: Service,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Limit = 10,
+) -> dict[str, Any]:
+    """Checkpoints of a job that can be named as a model, newest first."""
+    checkpoints, has_more = await asyncio.to_thread(
+        service.store.list_checkpoints, job_id, after, limit, tenant.organization_id
+    )
+    return page([checkpoint_object(checkpoint) for checkpoint in checkpoints], has_more)
+
+
+def _metadata_filter(request: Request) -> dict[str, str] | None:
+    """``metadata[key]=value``, as the openai client writes it."""
+    query = request.query_params
+    if query.get("metadata") in ("null", ""):
+        return {}
+    pairs = {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in query.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    return pairs or None

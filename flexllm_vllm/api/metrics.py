@@ -27,6 +27,7 @@ from starlette.routing import Route
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.types import JobStatus
 from flexllm_vllm.log import get_logger
 
@@ -209,7 +210,7 @@ def attach_metrics(app: FastAPI) -> None:
         app.router.routes.insert(0, Route(path, _metrics, include_in_schema=False))
 
 
-def count_queued_jobs(database: schema.Database, models: Collection[str]) -> int:
+def count_queued_jobs(database: Database, models: Collection[str]) -> int:
     """Jobs in the store that wait for an engine with one of these served names."""
     table = schema.jobs
     queued = table.c.status == JobStatus.QUEUED.value

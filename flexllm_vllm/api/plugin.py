@@ -17,7 +17,7 @@ from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_qu
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
-from flexllm_vllm.jobs.schema import Database
+from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.log import get_logger
 

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from flexllm_vllm.jobs.types import FinetuningJob, JobEvent, JobStatus, StoredFile
+from flexllm_vllm.jobs.types import Checkpoint, FinetuningJob, JobEvent, JobStatus, StoredFile
 
 
 def page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "object": "file",
         "bytes": file.bytes,
         "created_at": file.created_at,
-        "expires_at": None,
+        "expires_at": file.expires_at,
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
@@ -44,21 +44,34 @@ def job_object(job: FinetuningJob) -> dict[str, Any]:
         "fine_tuned_model": job.fine_tuned_model,
         "finished_at": job.finished_at,
         "hyperparameters": job.hyperparameters,
-        "integrations": [],
+        "integrations": job.integrations or [],
         "metadata": job.metadata,
         "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": _hyperparameters(job), "lora": _lora(job)},
+            "type": job.method,
+            job.method: {"hyperparameters": _hyperparameters(job), "lora": _lora(job)},
         },
         "model": job.model,
         "organization_id": job.organization_id,
-        "result_files": [],
+        "result_files": [job.result_file] if job.result_file else [],
         "seed": job.training.seed,
         "status": job.status.value,
         "trained_tokens": job.trained_tokens if job.status.finished else None,
         "training_file": job.training_file,
         "user_provided_suffix": job.suffix,
-        "validation_file": None,
+        "validation_file": job.validation_file,
+    }
+
+
+def checkpoint_object(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``openai.types.fine_tuning.jobs.FineTuningJobCheckpoint``."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": checkpoint.name,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "metrics": checkpoint.metrics,
+        "step_number": checkpoint.step,
     }
 
 
@@ -125,11 +138,13 @@ def _error(job: FinetuningJob) -> dict[str, Any] | None:
 
 
 def _estimated_finish(job: FinetuningJob) -> int | None:
-    """Unix time, if every step takes as long as those so far."""
-    if job.status is not JobStatus.RUNNING or not job.step or not job.started_at:
+    """Unix time, if every step takes as long as those of the current run so far."""
+    done = job.step - job.first_step
+    if job.status is not JobStatus.RUNNING or done <= 0 or not job.started_at:
         return None
-    seconds_per_step = (time.time() - job.started_at) / job.step
-    return int(job.started_at + seconds_per_step * job.total_steps)
+    now = time.time()
+    seconds_per_step = (now - job.started_at) / done
+    return int(now + seconds_per_step * (job.total_steps - job.step))
 
 
 def _hyperparameters(job: FinetuningJob) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
+from flexllm_vllm.api.tenants import LOCAL, Tenant
 from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.order import num_steps
 from flexllm_vllm.data.records import check_file
@@ -60,7 +61,6 @@ class FinetuningService:
     find_adapter: Callable[[str], str | None]
     num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
-    organization: str = "local"
     max_file_bytes: int = 512 * 1024 * 1024
     # Fast tokenizers refuse two threads at once ("Already borrowed").
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -69,7 +69,9 @@ class FinetuningService:
     def _tokenizer(self) -> ExampleTokenizer:
         return self.load_tokenizer()
 
-    def upload(self, source: BinaryIO, filename: str, purpose: str) -> StoredFile:
+    def upload(
+        self, source: BinaryIO, filename: str, purpose: str, tenant: Tenant = LOCAL
+    ) -> StoredFile:
         """Check every line of a training file and keep it.
 
         Raises:
@@ -79,12 +81,18 @@ class FinetuningService:
             message = f"'{purpose[:40]}' is not one of ['fine-tune'], the purpose of files here"
             raise invalid(message, "purpose")
         try:
-            return self.store.files.create(source, filename, purpose, check=check_file)
+            return self.store.files.create(
+                source,
+                filename,
+                purpose,
+                check=check_file,
+                organization_id=tenant.organization_id,
+            )
         except DataError as error:
             message = f"Invalid file format. {_sentence(error)}"
             raise invalid(message, "file", "invalid_file") from None
 
-    def create_job(self, request: JobCreateRequest) -> FinetuningJob:
+    def create_job(self, request: JobCreateRequest, tenant: Tenant = LOCAL) -> FinetuningJob:
         """Tokenize the training file and queue a job.
 
         Raises:
@@ -102,7 +110,7 @@ class FinetuningService:
             self.num_layers,
             self.find_adapter,
         )
-        path = self._training_file(request.training_file)
+        path = self._training_file(request.training_file, tenant)
         max_seq_length = wanted.max_seq_length or self.max_seq_length
         if max_seq_length > self.max_seq_length:
             raise invalid(
@@ -121,7 +129,7 @@ class FinetuningService:
                     id=job_id,
                     model=request.model,
                     adapter_name=adapter_name(
-                        request.model, self.organization, request.suffix, job_id
+                        request.model, tenant.organization_id, request.suffix, job_id
                     ),
                     training_file=request.training_file,
                     lora=lora,
@@ -135,7 +143,7 @@ class FinetuningService:
                     hyperparameters=requested(wanted),
                     suffix=request.suffix,
                     init_adapter_path=init_adapter_path,
-                    organization_id=self.organization,
+                    organization_id=tenant.organization_id,
                     metadata=request.metadata,
                     events=_first_events(job_id, request.training_file, report, max_seq_length),
                 )
@@ -159,7 +167,7 @@ class FinetuningService:
     def _check_model(self, model: str) -> None:
         if model in self.base_models:
             return
-        if self.store.served_adapter(model) is not None:
+        if self.store.adapters.get(model) is not None:
             raise invalid(
                 f"The model '{model}' is an adapter: to go on training it, name the base model "
                 f"'{self.base_models[0]}' here and the adapter as method.supervised.lora.init_from",
@@ -168,9 +176,9 @@ class FinetuningService:
         message = f"The model '{model[:200]}' does not exist; served: {', '.join(self.base_models)}"
         raise ApiError(404, message, "model", "model_not_found")
 
-    def _training_file(self, file_id: str) -> Path:
+    def _training_file(self, file_id: str, tenant: Tenant) -> Path:
         try:
-            return self.store.files.path(file_id)
+            return self.store.files.path(file_id, tenant.organization_id)
         except LookupError as error:
             raise ApiError(404, str(error), "training_file", "file_not_found") from None
 

@@ -1,6 +1,7 @@
 """What a finetuning job is, and the store that the API and the engine share."""
 
 from flexllm_vllm.jobs.errors import (
+    AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
@@ -11,6 +12,7 @@ from flexllm_vllm.jobs.errors import (
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
+    Checkpoint,
     FinetuningJob,
     JobError,
     JobEvent,
@@ -25,6 +27,8 @@ from flexllm_vllm.jobs.types import (
 
 __all__ = [
     "TARGET_MODULES",
+    "AdapterNotFoundError",
+    "Checkpoint",
     "CursorNotFoundError",
     "FileInUseError",
     "FileNotStoredError",

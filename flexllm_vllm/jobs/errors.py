@@ -17,6 +17,14 @@ class JobNotFoundError(LookupError):
         super().__init__(f"Could not find fine tune: {job_id}")
 
 
+class AdapterNotFoundError(LookupError):
+    """No adapter of this name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"The model '{name}' does not exist")
+
+
 class CursorNotFoundError(LookupError):
     """The ``after`` of a listing names nothing that is in the list."""
 

@@ -3,16 +3,17 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sqlalchemy import delete, insert, select
 
 from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import CursorNotFoundError, FileInUseError, FileNotStoredError
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.rows import file_from_row, now
-from flexllm_vllm.jobs.schema import Database
 from flexllm_vllm.jobs.types import JobStatus, StoredFile
 
 _UNFINISHED = tuple(status.value for status in JobStatus if not status.finished)
@@ -32,6 +33,8 @@ class FileStore:
         filename: str,
         purpose: str,
         check: Callable[[Path], object] | None = None,
+        organization_id: str = schema.LOCAL_ORGANIZATION,
+        expires_at: int | None = None,
     ) -> StoredFile:
         """Copy ``source`` to disk. ``check`` may refuse the copy by raising: then nothing stays."""
         file_id = new_id("file")
@@ -49,42 +52,37 @@ class FileStore:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        file = StoredFile(file_id, filename, size, purpose, now())
+        file = StoredFile(file_id, filename, size, purpose, now(), expires_at, organization_id)
         try:
             with self._database.write() as connection:
-                connection.execute(
-                    insert(schema.files).values(
-                        id=file.id,
-                        filename=file.filename,
-                        bytes=file.bytes,
-                        purpose=file.purpose,
-                        created_at=file.created_at,
-                    )
-                )
+                connection.execute(insert(schema.files).values(**asdict(file)))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return file
 
-    def get(self, file_id: str) -> StoredFile:
-        """Raises:
-        FileNotStoredError: no such file.
+    def get(self, file_id: str, organization_id: str | None = None) -> StoredFile:
+        """The file of this id; ``organization_id`` limits the look to one tenant, here and below.
+
+        Raises:
+            FileNotStoredError: no such file.
         """
+        query = select(schema.files).where(schema.files.c.id == file_id)
+        if organization_id is not None:
+            query = query.where(schema.files.c.organization_id == organization_id)
         with self._database.read() as connection:
-            row = connection.execute(
-                select(schema.files).where(schema.files.c.id == file_id)
-            ).one_or_none()
+            row = connection.execute(query).one_or_none()
         if row is None:
             raise FileNotStoredError(file_id)
         return file_from_row(row)
 
-    def path(self, file_id: str) -> Path:
+    def path(self, file_id: str, organization_id: str | None = None) -> Path:
         """Where the content lies.
 
         Raises:
             FileNotStoredError: no such file.
         """
-        return self._folder / self.get(file_id).id
+        return self._folder / self.get(file_id, organization_id).id
 
     def page(
         self,
@@ -92,6 +90,7 @@ class FileStore:
         limit: int = 10_000,
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
+        organization_id: str | None = None,
     ) -> tuple[list[StoredFile], bool]:
         """Files by creation time, and whether there are more.
 
@@ -102,6 +101,8 @@ class FileStore:
         query = select(table).order_by(table.c.seq.desc() if order == "desc" else table.c.seq)
         if purpose is not None:
             query = query.where(table.c.purpose == purpose)
+        if organization_id is not None:
+            query = query.where(table.c.organization_id == organization_id)
         with self._database.read() as connection:
             if after is not None:
                 seq = connection.scalar(select(table.c.seq).where(table.c.id == after))
@@ -111,19 +112,19 @@ class FileStore:
             rows = connection.execute(query.limit(limit + 1)).all()
         return [file_from_row(row) for row in rows[:limit]], len(rows) > limit
 
-    def delete(self, file_id: str) -> None:
+    def delete(self, file_id: str, organization_id: str | None = None) -> None:
         """Delete row and content.
 
         Raises:
             FileNotStoredError: no such file.
             FileInUseError: a job that needs it has not finished.
         """
+        self.get(file_id, organization_id)
+        jobs = schema.jobs
+        of_file = (jobs.c.training_file == file_id) | (jobs.c.validation_file == file_id)
         with self._database.write() as connection:
             users = connection.scalars(
-                select(schema.jobs.c.id).where(
-                    schema.jobs.c.training_file == file_id,
-                    schema.jobs.c.status.in_(_UNFINISHED),
-                )
+                select(jobs.c.id).where(of_file, jobs.c.status.in_(_UNFINISHED))
             ).all()
             if users:
                 raise FileInUseError(file_id, list(users))

@@ -38,6 +38,11 @@ def adapter_name(served_name: str, organization: str, suffix: str | None, job_id
     return f"ft:{base_name(served_name)}:{organization}:{suffix or ''}:{model_id}"
 
 
+def checkpoint_name(adapter_name: str, step: int) -> str:
+    """Under which a checkpoint of a job is served."""
+    return f"{adapter_name}:ckpt-step-{step}"
+
+
 def base_name(served_name: str) -> str:
     """The served name, or the last component where vLLM serves the model under its path."""
     name = served_name.rstrip("/\\")

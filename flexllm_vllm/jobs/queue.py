@@ -9,13 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.adapters import add_adapter
+from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import JobNotFoundError, JobStateError
+from flexllm_vllm.jobs.names import checkpoint_name, new_id
 from flexllm_vllm.jobs.owner import EngineOwner
-from flexllm_vllm.jobs.rows import adapter_int_id, insert_event, job_from_row, now
-from flexllm_vllm.jobs.schema import Database
+from flexllm_vllm.jobs.rows import finite, insert_event, job_from_row, now
 from flexllm_vllm.jobs.types import FinetuningJob, JobError, JobStatus, NewEvent
 
 
@@ -49,41 +51,41 @@ class JobQueue:
                 owner=owner,
                 attempts=row.attempts + 1,
                 started_at=now(),
-                step=0,
-                trained_tokens=0,
+                first_step=row.step,
             )
-            insert_event(connection, row.id, NewEvent("Fine-tuning job started"))
+            insert_event(connection, row.id, NewEvent("Fine-tuning job started", key="started"))
             return job_from_row(self._row(connection, row.id), self._jobs_folder)
 
     def cancel_requested_jobs(self) -> set[str]:
         """Ids of running jobs that shall stop."""
+        return self._running_jobs(schema.jobs.c.cancel_requested)
+
+    def pause_requested_jobs(self) -> set[str]:
+        """Ids of running jobs that shall stop for now."""
+        return self._running_jobs(schema.jobs.c.pause_requested)
+
+    def _running_jobs(self, condition: Any) -> set[str]:
         table = schema.jobs
+        running = table.c.status == JobStatus.RUNNING.value
         with self._database.read() as connection:
-            return set(
-                connection.scalars(
-                    select(table.c.id).where(
-                        table.c.status == JobStatus.RUNNING.value, table.c.cancel_requested
-                    )
-                )
-            )
+            return set(connection.scalars(select(table.c.id).where(running, condition)))
 
     def record_progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int
     ) -> None:
         """How far a running job is. ``trained_tokens`` counts from the beginning of the job.
 
+        A run that continues from a checkpoint repeats steps: they do not set the job back.
+
         Raises:
             JobNotFoundError, JobStateError: the job is not running.
         """
         with self._database.write() as connection:
-            self._running(connection, job_id, "updated")
-            self._update(
-                connection,
-                job_id,
-                step=step,
-                total_steps=total_steps,
-                trained_tokens=trained_tokens,
-            )
+            row = self._running(connection, job_id, "updated")
+            values: dict[str, Any] = {"total_steps": total_steps}
+            if step > row.step:
+                values |= {"step": step, "trained_tokens": trained_tokens, "attempts": 0}
+            self._update(connection, job_id, **values)
 
     def record_step(self, job_id: str, step: int, metrics: dict[str, Any]) -> None:
         """A metrics event of one optimizer step: ``train_loss``, ``learning_rate``, ...
@@ -97,7 +99,87 @@ class JobQueue:
             if isinstance(metrics.get("train_loss"), float):
                 message += f": training loss={metrics['train_loss']:.4f}"
             data = {"step": step, "total_steps": row.total_steps, **metrics}
-            insert_event(connection, job_id, NewEvent(message, type="metrics", data=data))
+            insert_event(
+                connection, job_id, NewEvent(message, type="metrics", data=data, key=f"step-{step}")
+            )
+
+    def record_evaluation(self, job_id: str, step: int, metrics: dict[str, Any]) -> None:
+        """A metrics event of an evaluation: ``valid_loss``, ``valid_mean_token_accuracy``.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        with self._database.write() as connection:
+            row = self._running(connection, job_id, "updated")
+            message = f"Step {step}/{row.total_steps}: validation"
+            if isinstance(metrics.get("valid_loss"), float):
+                message += f" loss={metrics['valid_loss']:.4f}"
+            data = {"step": step, "total_steps": row.total_steps, **metrics}
+            insert_event(
+                connection, job_id, NewEvent(message, type="metrics", data=data, key=f"eval-{step}")
+            )
+
+    def record_checkpoint(
+        self, job_id: str, step: int, folder: Path, metrics: dict[str, Any]
+    ) -> None:
+        """A checkpoint of a running job, served from this transaction on; once.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        table = schema.checkpoints
+        with self._database.write() as connection:
+            row = self._running(connection, job_id, "updated")
+            known = select(table.c.id).where(table.c.job_id == job_id, table.c.number == step)
+            if connection.scalar(known) is not None:
+                return
+            name = checkpoint_name(row.adapter_name, step)
+            add_adapter(
+                connection,
+                name,
+                folder,
+                row.model,
+                "checkpoint",
+                row.organization_id,
+                job_id=job_id,
+            )
+            connection.execute(
+                insert(table).values(
+                    id=new_id("ftckpt"),
+                    job_id=job_id,
+                    number=step,
+                    name=name,
+                    metrics=finite(metrics),
+                    created_at=now(),
+                )
+            )
+            insert_event(connection, job_id, NewEvent(f"Checkpoint created at step {step}"))
+
+    def forget_checkpoint(self, job_id: str, step: int) -> None:
+        """Stop serving a checkpoint. Its folder is the caller's to remove."""
+        table = schema.checkpoints
+        with self._database.write() as connection:
+            where = (table.c.job_id == job_id, table.c.number == step)
+            name = connection.scalar(select(table.c.name).where(*where))
+            connection.execute(delete(schema.adapters).where(schema.adapters.c.name == name))
+            connection.execute(delete(table).where(*where))
+
+    def checkpoint_steps(self, job_id: str) -> list[int]:
+        """Steps of the checkpoints that are served, in order."""
+        table = schema.checkpoints
+        query = select(table.c.number).where(table.c.job_id == job_id).order_by(table.c.number)
+        with self._database.read() as connection:
+            return list(connection.scalars(query))
+
+    def paused(self, job_id: str, step: int) -> None:
+        """A running job has stopped for now, at a checkpoint of ``step``.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job is not running.
+        """
+        with self._database.write() as connection:
+            self._running(connection, job_id, "paused")
+            self._pause(connection, job_id, f"Fine-tuning job paused at step {step}")
 
     def succeed(self, job_id: str, adapter_path: Path) -> None:
         """End a running job; from this transaction on its adapter is served.
@@ -108,15 +190,14 @@ class JobQueue:
         with self._database.write() as connection:
             row = self._running(connection, job_id, "succeeded")
             self._finish(connection, job_id, JobStatus.SUCCEEDED)
-            connection.execute(
-                insert(schema.adapters).values(
-                    name=row.adapter_name,
-                    int_id=adapter_int_id(row.seq),
-                    path=str(adapter_path),
-                    base_model=row.model,
-                    job_id=job_id,
-                    created_at=now(),
-                )
+            add_adapter(
+                connection,
+                row.adapter_name,
+                adapter_path,
+                row.model,
+                "job",
+                row.organization_id,
+                job_id=job_id,
             )
             created = f"New fine-tuned model created: {row.adapter_name}"
             insert_event(connection, job_id, NewEvent(created))
@@ -147,9 +228,9 @@ class JobQueue:
     ) -> list[str]:
         """At the start of an engine: take care of running jobs whose engine is gone.
 
-        They are queued again and start from the beginning; a job whose cancellation was asked for
-        is cancelled; one that was begun ``max_attempts`` times fails, since it may be what ends the
-        server. Jobs of an engine that still lives are left alone.
+        They are queued again, to continue from their last checkpoint; a job that was to be
+        cancelled or paused is; one that was begun ``max_attempts`` times without a step further
+        fails, since it may be what ends the server. Jobs of an engine that lives are left alone.
 
         Returns:
             Ids of the jobs that are queued again.
@@ -165,6 +246,8 @@ class JobQueue:
                     continue
                 if row.cancel_requested:
                     self._cancel(connection, row.id)
+                elif row.pause_requested:
+                    self._pause(connection, row.id, "Fine-tuning job paused")
                 elif row.attempts >= max_attempts:
                     reason = (
                         f"The server stopped while the job was running, {row.attempts} times in a "
@@ -183,14 +266,23 @@ class JobQueue:
             status=JobStatus.QUEUED.value,
             owner=None,
             started_at=None,
-            step=0,
-            trained_tokens=0,
         )
         message = (
             f"The server stopped at step {row.step} of {row.total_steps}; the job is queued again "
-            "and training starts again from the beginning"
+            "and continues from its last checkpoint"
         )
         insert_event(connection, row.id, NewEvent(message, "warn"))
+
+    def _pause(self, connection: Connection, job_id: str, message: str) -> None:
+        self._update(
+            connection,
+            job_id,
+            status=JobStatus.PAUSED.value,
+            pause_requested=False,
+            owner=None,
+            started_at=None,
+        )
+        insert_event(connection, job_id, NewEvent(message))
 
     def _cancel(self, connection: Connection, job_id: str) -> None:
         self._finish(connection, job_id, JobStatus.CANCELLED)
@@ -210,8 +302,12 @@ class JobQueue:
     def _update(self, connection: Connection, job_id: str, **values: Any) -> None:
         connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
 
-    def _row(self, connection: Connection, job_id: str) -> Row[Any]:
+    def _row(
+        self, connection: Connection, job_id: str, organization_id: str | None = None
+    ) -> Row[Any]:
         query = select(schema.jobs).where(schema.jobs.c.id == job_id)
+        if organization_id is not None:
+            query = query.where(schema.jobs.c.organization_id == organization_id)
         row = connection.execute(query).one_or_none()
         if row is None:
             raise JobNotFoundError(job_id)
@@ -223,8 +319,14 @@ class JobQueue:
             raise JobStateError(job_id, row.status, wanted)
         return row
 
-    def _unfinished(self, connection: Connection, job_id: str, wanted: str) -> Row[Any]:
-        row = self._row(connection, job_id)
+    def _unfinished(
+        self,
+        connection: Connection,
+        job_id: str,
+        wanted: str,
+        organization_id: str | None = None,
+    ) -> Row[Any]:
+        row = self._row(connection, job_id, organization_id)
         if JobStatus(row.status).finished:
             raise JobStateError(job_id, row.status, wanted)
         return row

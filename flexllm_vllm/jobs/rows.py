@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Row, insert
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.types import (
-    FIRST_ADAPTER_INT_ID,
+    FIRST_TRAINING_INT_ID,
+    Checkpoint,
     FinetuningJob,
     JobError,
     JobEvent,
@@ -30,9 +31,9 @@ def now() -> int:
     return int(time.time())
 
 
-def adapter_int_id(seq: int) -> int:
-    """vLLM's id of the adapter of the job in row ``seq`` (from 1, never used twice)."""
-    return FIRST_ADAPTER_INT_ID + seq - 1
+def training_int_id(seq: int) -> int:
+    """vLLM's id of the adapter that the job in row ``seq`` (from 1, never used twice) trains."""
+    return FIRST_TRAINING_INT_ID + seq - 1
 
 
 def job_from_row(row: Row[Any], jobs_folder: Path) -> FinetuningJob:
@@ -57,7 +58,7 @@ def job_from_row(row: Row[Any], jobs_folder: Path) -> FinetuningJob:
         total_steps=value["total_steps"],
         adapter_name=value["adapter_name"],
         fine_tuned_model=value["adapter_name"] if status is JobStatus.SUCCEEDED else None,
-        adapter_int_id=adapter_int_id(value["seq"]),
+        adapter_int_id=training_int_id(value["seq"]),
         init_adapter_path=value["init_adapter_path"],
         folder=jobs_folder / value["id"],
         error=JobError(**value["error"]) if value["error"] else None,
@@ -65,6 +66,12 @@ def job_from_row(row: Row[Any], jobs_folder: Path) -> FinetuningJob:
         attempts=value["attempts"],
         organization_id=value["organization_id"],
         metadata=value["metadata"],
+        method=value["method"],
+        validation_file=value["validation_file"],
+        result_file=value["result_file"],
+        integrations=value["integrations"],
+        pause_requested=value["pause_requested"],
+        first_step=value["first_step"],
     )
 
 
@@ -85,20 +92,26 @@ def job_values(job: NewJob) -> dict[str, Any]:
         "init_adapter_path": job.init_adapter_path,
         "organization_id": job.organization_id,
         "metadata": job.metadata,
+        "method": job.method,
+        "validation_file": job.validation_file,
+        "integrations": job.integrations,
     }
 
 
 def insert_event(connection: Connection, job_id: str, event: NewEvent) -> None:
-    """Append an event to a job."""
+    """Append an event to a job, unless it has one of this key."""
     connection.execute(
-        insert(schema.events).values(
+        insert(schema.events)
+        .prefix_with("OR IGNORE")
+        .values(
             id=new_id("ftevent"),
             job_id=job_id,
             created_at=now(),
             level=event.level,
             message=event.message,
             type=event.type,
-            data=_finite(event.data),
+            data=finite(event.data),
+            key=event.key,
         )
     )
 
@@ -125,6 +138,21 @@ def file_from_row(row: Row[Any]) -> StoredFile:
         bytes=value["bytes"],
         purpose=value["purpose"],
         created_at=value["created_at"],
+        expires_at=value["expires_at"],
+        organization_id=value["organization_id"],
+    )
+
+
+def checkpoint_from_row(row: Row[Any]) -> Checkpoint:
+    """The checkpoint of a row of ``checkpoints``."""
+    value = row._mapping
+    return Checkpoint(
+        id=value["id"],
+        job_id=value["job_id"],
+        step=value["number"],
+        name=value["name"],
+        metrics=value["metrics"],
+        created_at=value["created_at"],
     )
 
 
@@ -137,10 +165,13 @@ def adapter_from_row(row: Row[Any]) -> ServedAdapter:
         path=value["path"],
         base_model=value["base_model"],
         created_at=value["created_at"],
+        source=value["source"],
+        job_id=value["job_id"],
+        organization_id=value["organization_id"],
     )
 
 
-def _finite(data: dict[str, Any] | None) -> dict[str, Any] | None:
+def finite(data: dict[str, Any] | None) -> dict[str, Any] | None:
     """JSON has no NaN and no infinity: a diverged loss is null."""
     if data is None:
         return None

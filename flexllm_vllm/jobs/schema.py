@@ -1,34 +1,21 @@
-"""The tables of the job store, and how a connection to them is opened."""
+"""The tables of the job store. A change of them needs a migration: see ``migrations/``."""
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     Boolean,
     Column,
-    Connection,
-    Engine,
     ForeignKey,
     Index,
     Integer,
     MetaData,
     String,
     Table,
-    create_engine,
-    event,
-    insert,
-    select,
 )
-from sqlalchemy.engine import URL
 
-from flexllm_vllm.jobs.errors import StoreVersionError
-
-SCHEMA_VERSION = 1
-_BUSY_TIMEOUT_S = 30
+# The owner of everything on a server without tenants.
+LOCAL_ORGANIZATION = "local"
 
 metadata = MetaData()
 
@@ -39,7 +26,12 @@ def _table(name: str, *columns: Any) -> Table:
     return Table(name, metadata, seq, *columns, sqlite_autoincrement=True)
 
 
-schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
+def _organization() -> Column[str]:
+    """The tenant that owns a row."""
+    return Column(
+        "organization_id", String, nullable=False, server_default=LOCAL_ORGANIZATION, index=True
+    )
+
 
 files = _table(
     "files",
@@ -48,32 +40,67 @@ files = _table(
     Column("bytes", Integer, nullable=False),
     Column("purpose", String, nullable=False),
     Column("created_at", Integer, nullable=False),
+    Column("expires_at", Integer),
+    _organization(),
 )
+
+# Uploads in parts (``/v1/uploads``). The parts lie beside the files until they become one.
+uploads = _table(
+    "uploads",
+    Column("id", String, nullable=False, unique=True),
+    Column("filename", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("purpose", String, nullable=False),
+    Column("mime_type", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    Column("expires_at", Integer, nullable=False),
+    Column("file_id", String),
+    Column("file_expires_after_s", Integer),
+    _organization(),
+)
+
+upload_parts = _table(
+    "upload_parts",
+    Column("id", String, nullable=False, unique=True),
+    Column("upload_id", String, ForeignKey("uploads.id", ondelete="CASCADE"), nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("created_at", Integer, nullable=False),
+)
+Index("parts_of_upload", upload_parts.c.upload_id)
 
 jobs = _table(
     "jobs",
     Column("id", String, nullable=False, unique=True),
     Column("model", String, nullable=False),
     Column("status", String, nullable=False, index=True),
-    # Not a foreign key: the file of a finished job may be deleted.
+    # Not foreign keys: the files of a finished job may be deleted.
     Column("training_file", String, nullable=False, index=True),
+    Column("validation_file", String, index=True),
+    Column("result_file", String),
     Column("suffix", String),
+    Column("method", String, nullable=False, server_default="supervised"),
     Column("lora", JSON, nullable=False),
     Column("training", JSON, nullable=False),
     Column("hyperparameters", JSON, nullable=False),
+    Column("integrations", JSON(none_as_null=True)),
     Column("created_at", Integer, nullable=False),
     Column("started_at", Integer),
     Column("finished_at", Integer),
     Column("trained_tokens", Integer, nullable=False, default=0),
+    # The furthest step that was ever done; a run that was interrupted may be behind it.
     Column("step", Integer, nullable=False, default=0),
     Column("total_steps", Integer, nullable=False),
+    # The step with which the current run began, for the estimate of its end.
+    Column("first_step", Integer, nullable=False, server_default="0"),
     Column("adapter_name", String, nullable=False, unique=True),
     Column("init_adapter_path", String),
     Column("error", JSON(none_as_null=True)),
     Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("pause_requested", Boolean, nullable=False, server_default="0"),
     Column("attempts", Integer, nullable=False, default=0),
     Column("owner", String),  # the engine that runs it: see owner.py
-    Column("organization_id", String, nullable=False),
+    _organization(),
     Column("metadata", JSON(none_as_null=True)),
 )
 
@@ -86,79 +113,98 @@ events = _table(
     Column("message", String, nullable=False),
     Column("type", String, nullable=False),
     Column("data", JSON(none_as_null=True)),
+    # Of events that a run which was interrupted may report again: it is stored once.
+    Column("key", String),
 )
 Index("events_of_job", events.c.job_id, events.c.seq)
+Index("events_once", events.c.job_id, events.c.key, unique=True)
 
+# Everything that requests may name as their model beside the base model. ``source`` is job,
+# checkpoint, import or merge.
 adapters = _table(
     "adapters",
     Column("name", String, nullable=False, unique=True),
     Column("int_id", Integer, nullable=False, unique=True),
     Column("path", String, nullable=False),
     Column("base_model", String, nullable=False),
-    Column("job_id", String, ForeignKey("jobs.id"), nullable=False),
+    Column("job_id", String, ForeignKey("jobs.id")),
     Column("created_at", Integer, nullable=False),
+    Column("source", String, nullable=False, server_default="job"),
+    _organization(),
 )
 
+# ``number`` of a checkpoint is its optimizer step. Its adapter may have been deleted since.
+checkpoints = _table(
+    "checkpoints",
+    Column("id", String, nullable=False, unique=True),
+    Column("job_id", String, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("name", String, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("created_at", Integer, nullable=False),
+)
+Index("checkpoints_of_job", checkpoints.c.job_id, checkpoints.c.number, unique=True)
 
-class Database:
-    """A SQLite file that several threads and processes share."""
+merges = _table(
+    "merges",
+    Column("id", String, nullable=False, unique=True),
+    Column("name", String, nullable=False, unique=True),
+    Column("status", String, nullable=False, index=True),
+    Column("request", JSON, nullable=False),
+    Column("error", JSON(none_as_null=True)),
+    Column("created_at", Integer, nullable=False),
+    Column("finished_at", Integer),
+    Column("claimed_by", String),
+    Column("claimed_until", Integer),
+    _organization(),
+)
 
-    def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)
-        self.path = path
-        self.engine = create_engine(
-            URL.create("sqlite", database=str(path)),
-            connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
-        )
-        _set_up(self.engine)
-        self._create_tables()
+webhook_endpoints = _table(
+    "webhook_endpoints",
+    Column("id", String, nullable=False, unique=True),
+    Column("name", String, nullable=False),
+    Column("url", String, nullable=False),
+    Column("event_types", JSON, nullable=False),
+    # What deliveries are signed with: [{"secret", "expires_at" (null for the current one)}].
+    Column("secrets", JSON, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    _organization(),
+)
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database and writes nothing."""
-        with self.engine.begin() as connection:
-            yield connection
+webhook_deliveries = _table(
+    "webhook_deliveries",
+    Column("id", String, nullable=False, unique=True),
+    Column(
+        "endpoint_id",
+        String,
+        ForeignKey("webhook_endpoints.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    Column("event_type", String, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", Integer),  # null: delivered or given up
+    Column("delivered_at", Integer),
+    Column("last_error", String),
+    Column("claimed_by", String),
+    Column("claimed_until", Integer),
+)
+Index("deliveries_due", webhook_deliveries.c.next_attempt_at)
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that holds the write lock from its beginning, so that what it reads is
-        still true when it writes."""
-        with self.engine.execution_options(write=True).begin() as connection:
-            yield connection
-
-    def raw_connection(self) -> sqlite3.Connection:
-        """A connection outside the pool, to be kept open; the caller closes it."""
-        return sqlite3.connect(
-            self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-        )
-
-    def close(self) -> None:
-        """Close all pooled connections."""
-        self.engine.dispose()
-
-    def _create_tables(self) -> None:
-        with self.write() as connection:
-            metadata.create_all(connection)
-            version = connection.scalar(select(schema_version.c.version))
-            if version is None:
-                connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
-            elif version != SCHEMA_VERSION:
-                raise StoreVersionError(
-                    f"{self.path} has schema version {version}, this package reads version "
-                    f"{SCHEMA_VERSION}: use the version that wrote it, or another folder"
-                )
-
-
-def _set_up(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def _connect(connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None  # transactions begin where we say so, in _begin
-        # WAL: readers never wait for the writer. NORMAL survives a killed process.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        write = connection.get_execution_options().get("write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+idempotency_keys = _table(
+    "idempotency_keys",
+    Column("key", String, nullable=False),
+    Column("route", String, nullable=False),
+    Column("request_hash", String, nullable=False),
+    Column("object_id", String, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    _organization(),
+)
+Index(
+    "idempotency_key_once",
+    idempotency_keys.c.organization_id,
+    idempotency_keys.c.route,
+    idempotency_keys.c.key,
+    unique=True,
+)

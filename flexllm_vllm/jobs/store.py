@@ -4,7 +4,7 @@ Layout below ``root``, readable by its owner alone::
 
     store.db                  jobs, events, files, adapters (schema.py)
     files/<file id>           what was uploaded
-    jobs/<job id>/            dataset.safetensors, adapter/ (the final PEFT folder)
+    jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
     engines/<engine id>       locks of living engines (owner.py)
 
 Everything may be called from any thread. Each process opens a store of its own.
@@ -13,27 +13,30 @@ Everything may be called from any thread. Each process opens a store of its own.
 import shutil
 import sqlite3
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import insert, select
+from sqlalchemy import Row, String, Table, cast, func, insert, select
 
 from flexllm_vllm.jobs import schema
-from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError
+from flexllm_vllm.jobs.adapters import AdapterStore
+from flexllm_vllm.jobs.database import Database
+from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
 from flexllm_vllm.jobs.files import FileStore
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
 from flexllm_vllm.jobs.rows import (
-    adapter_from_row,
+    checkpoint_from_row,
     event_from_row,
     insert_event,
     job_from_row,
     job_values,
 )
-from flexllm_vllm.jobs.schema import Database
 from flexllm_vllm.jobs.types import (
+    Checkpoint,
     EventLevel,
     EventType,
     FinetuningJob,
@@ -41,7 +44,6 @@ from flexllm_vllm.jobs.types import (
     JobStatus,
     NewEvent,
     NewJob,
-    ServedAdapter,
 )
 
 
@@ -64,6 +66,7 @@ class JobStore(JobQueue):
         database = Database(root / "store.db")
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
         self.files = FileStore(database, root / "files")
+        self.adapters = AdapterStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
 
@@ -84,34 +87,55 @@ class JobStore(JobQueue):
         """Queue a job.
 
         Raises:
-            FileNotStoredError: its training file was deleted meanwhile.
+            FileNotStoredError: one of its files was deleted meanwhile.
         """
         with self._database.write() as connection:
-            file_id = select(schema.files.c.id).where(schema.files.c.id == job.training_file)
-            if connection.scalar(file_id) is None:
-                raise FileNotStoredError(job.training_file)
+            for wanted in filter(None, (job.training_file, job.validation_file)):
+                file_id = select(schema.files.c.id).where(schema.files.c.id == wanted)
+                if connection.scalar(file_id) is None:
+                    raise FileNotStoredError(wanted)
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)
 
-    def get_job(self, job_id: str) -> FinetuningJob:
-        """Raises:
-        JobNotFoundError: no such job.
+    def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
+        """The job of this id; ``organization_id`` limits the look to one tenant, here and below.
+
+        Raises:
+            JobNotFoundError: no such job.
         """
         with self._database.read() as connection:
-            return job_from_row(self._row(connection, job_id), self._jobs_folder)
+            row = self._row(connection, job_id, organization_id)
+            return job_from_row(row, self._jobs_folder)
 
     def list_jobs(
-        self, after: str | None = None, limit: int = 20
+        self,
+        after: str | None = None,
+        limit: int = 20,
+        organization_id: str | None = None,
+        metadata: dict[str, str] | None = None,
     ) -> tuple[list[FinetuningJob], bool]:
         """Jobs, newest first, and whether there are more.
+
+        ``metadata`` asks for jobs that have all of these pairs; empty, for jobs without any.
 
         Raises:
             CursorNotFoundError: no job has the id ``after``.
         """
         table = schema.jobs
         query = select(table).order_by(table.c.seq.desc())
+        if organization_id is not None:
+            query = query.where(table.c.organization_id == organization_id)
+        if metadata == {}:
+            query = query.where(
+                table.c.metadata.is_(None) | (cast(table.c.metadata, String) == "{}")
+            )
+        for key, value in (metadata or {}).items():
+            pair = func.json_each(table.c.metadata).table_valued("key", "value")
+            query = query.where(
+                select(pair.c.key).where(pair.c.key == key, pair.c.value == value).exists()
+            )
         with self._database.read() as connection:
             if after is not None:
                 seq = connection.scalar(select(table.c.seq).where(table.c.id == after))
@@ -122,14 +146,14 @@ class JobStore(JobQueue):
         jobs = [job_from_row(row, self._jobs_folder) for row in rows[:limit]]
         return jobs, len(rows) > limit
 
-    def request_cancel(self, job_id: str) -> FinetuningJob:
-        """Cancel a queued job at once; ask the engine to stop a running one.
+    def request_cancel(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
+        """Cancel a queued or paused job at once; ask the engine to stop a running one.
 
         Raises:
             JobNotFoundError, JobStateError: the job has finished.
         """
         with self._database.write() as connection:
-            row = self._unfinished(connection, job_id, "cancelled")
+            row = self._unfinished(connection, job_id, "cancelled", organization_id)
             if row.status != JobStatus.RUNNING.value:
                 self._cancel(connection, job_id)
             elif not row.cancel_requested:
@@ -137,6 +161,76 @@ class JobStore(JobQueue):
                 event = NewEvent("Cancellation requested; the job stops at its next step")
                 insert_event(connection, job_id, event)
             return job_from_row(self._row(connection, job_id), self._jobs_folder)
+
+    def request_pause(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
+        """Pause a queued job at once; ask the engine to write a checkpoint of a running one and
+        stop. A job that is paused, or about to be, stays as it is.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job has finished, or is being cancelled.
+        """
+        with self._database.write() as connection:
+            row = self._unfinished(connection, job_id, "paused", organization_id)
+            if row.cancel_requested:
+                raise JobStateError(job_id, "cancelling", "paused")
+            if row.status == JobStatus.RUNNING.value:
+                if not row.pause_requested:
+                    self._update(connection, job_id, pause_requested=True)
+                    event = NewEvent("Pause requested; the job stops after its current step")
+                    insert_event(connection, job_id, event)
+            elif row.status != JobStatus.PAUSED.value:
+                self._pause(connection, job_id, "Fine-tuning job paused")
+            return job_from_row(self._row(connection, job_id), self._jobs_folder)
+
+    def resume(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
+        """Queue a paused job again; it continues where it was. A pause that was asked for and has
+        not happened yet is taken back; a job that is queued or running stays as it is.
+
+        Raises:
+            JobNotFoundError, JobStateError: the job has finished.
+        """
+        with self._database.write() as connection:
+            row = self._unfinished(connection, job_id, "resumed", organization_id)
+            if row.status == JobStatus.PAUSED.value:
+                self._update(connection, job_id, status=JobStatus.QUEUED.value, attempts=0)
+                insert_event(connection, job_id, NewEvent("Fine-tuning job resumed; it is queued"))
+            elif row.pause_requested:
+                self._update(connection, job_id, pause_requested=False)
+                insert_event(connection, job_id, NewEvent("The request to pause is taken back"))
+            return job_from_row(self._row(connection, job_id), self._jobs_folder)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def list_checkpoints(
+        self,
+        job_id: str,
+        after: str | None = None,
+        limit: int = 10,
+        organization_id: str | None = None,
+    ) -> tuple[list[Checkpoint], bool]:
+        """Checkpoints of a job that are served, newest first, and whether there are more.
+
+        Raises:
+            JobNotFoundError: no such job.
+            CursorNotFoundError: the job has no checkpoint of the id ``after``.
+        """
+        rows, more = self._page_of_job(schema.checkpoints, job_id, after, limit, organization_id)
+        return [checkpoint_from_row(row) for row in rows], more
+
+    def _page_of_job(
+        self, table: Table, job_id: str, after: str | None, limit: int, organization_id: str | None
+    ) -> tuple[Sequence[Row[Any]], bool]:
+        of_job = table.c.job_id == job_id
+        query = select(table).where(of_job).order_by(table.c.seq.desc())
+        with self._database.read() as connection:
+            self._row(connection, job_id, organization_id)
+            if after is not None:
+                seq = connection.scalar(select(table.c.seq).where(of_job, table.c.id == after))
+                if seq is None:
+                    raise CursorNotFoundError(after)
+                query = query.where(table.c.seq < seq)
+            rows = connection.execute(query.limit(limit + 1)).all()
+        return rows[:limit], len(rows) > limit
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -158,7 +252,11 @@ class JobStore(JobQueue):
             insert_event(connection, job_id, NewEvent(message, level, type, data))
 
     def list_events(
-        self, job_id: str, after: str | None = None, limit: int = 20
+        self,
+        job_id: str,
+        after: str | None = None,
+        limit: int = 20,
+        organization_id: str | None = None,
     ) -> tuple[list[JobEvent], bool]:
         """Events of a job, newest first, and whether there are more.
 
@@ -166,33 +264,8 @@ class JobStore(JobQueue):
             JobNotFoundError: no such job.
             CursorNotFoundError: the job has no event of the id ``after``.
         """
-        table = schema.events
-        of_job = table.c.job_id == job_id
-        query = select(table).where(of_job).order_by(table.c.seq.desc())
-        with self._database.read() as connection:
-            self._row(connection, job_id)
-            if after is not None:
-                seq = connection.scalar(select(table.c.seq).where(of_job, table.c.id == after))
-                if seq is None:
-                    raise CursorNotFoundError(after)
-                query = query.where(table.c.seq < seq)
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return [event_from_row(row) for row in rows[:limit]], len(rows) > limit
-
-    # -- adapters --------------------------------------------------------------------------------
-
-    def served_adapter(self, name: str) -> ServedAdapter | None:
-        """The finished adapter of this name."""
-        query = select(schema.adapters).where(schema.adapters.c.name == name)
-        with self._database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else adapter_from_row(row)
-
-    def list_served_adapters(self) -> list[ServedAdapter]:
-        """All finished adapters, oldest first."""
-        query = select(schema.adapters).order_by(schema.adapters.c.seq)
-        with self._database.read() as connection:
-            return [adapter_from_row(row) for row in connection.execute(query)]
+        rows, more = self._page_of_job(schema.events, job_id, after, limit, organization_id)
+        return [event_from_row(row) for row in rows], more
 
     # -- cheap looks for changes -----------------------------------------------------------------
 

@@ -16,19 +16,25 @@ TARGET_MODULES = (
     "down_proj",
 )
 
-# Adapter ids below belong to the adapters that vLLM numbers itself (--lora-modules), from 1.
-FIRST_ADAPTER_INT_ID = 1_000_000
+# vLLM's integer ids of adapters. Below are those that vLLM numbers itself (--lora-modules), from 1;
+# an adapter has one id while it is trained and another one when it is served.
+FIRST_TRAINING_INT_ID = 1_000_000
+FIRST_SERVED_INT_ID = 500_000_000
+
+AdapterSource = Literal["job", "checkpoint", "import", "merge"]
+Method = Literal["supervised", "dpo"]
 
 EventLevel = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics"]
 
 
 class JobStatus(StrEnum):
-    """OpenAI's job states."""
+    """OpenAI's job states, and ``paused``."""
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -81,6 +87,12 @@ class TrainingSpec:
         max_seq_length: tokens; longer examples are truncated.
         seed: of the order of examples and of the adapter's initial weights.
         scheduling_weight: its share of the machine among the jobs that train at once.
+        eval_steps: optimizer steps from one evaluation to the next; None: at the end of each epoch.
+        save_steps: likewise of checkpoints that are served.
+        save_total_limit: checkpoints that are kept; the oldest ones go.
+        early_stopping_patience: evaluations without a better loss after which training ends.
+        load_best_model_at_end: the result is the checkpoint with the lowest evaluation loss.
+        beta: of DPO, how far the policy may leave the reference.
     """
 
     batch_size: int
@@ -99,6 +111,12 @@ class TrainingSpec:
     max_steps: int = -1
     shuffle: bool = True
     scheduling_weight: float = 1.0
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 3
+    early_stopping_patience: int | None = None
+    load_best_model_at_end: bool = False
+    beta: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,12 +130,13 @@ class JobError:
 
 @dataclass(frozen=True)
 class NewEvent:
-    """An event that has no id and time yet."""
+    """An event that has no id and time yet. Of several with one ``key`` the first is kept."""
 
     message: str
     level: EventLevel = "info"
     type: EventType = "message"
     data: dict[str, Any] | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +170,9 @@ class NewJob:
     total_steps: int
     hyperparameters: dict[str, Any]
     suffix: str | None = None
+    method: Method = "supervised"
+    validation_file: str | None = None
+    integrations: list[dict[str, Any]] | None = None
     init_adapter_path: str | None = None
     organization_id: str = "local"
     metadata: dict[str, str] | None = None
@@ -162,10 +184,13 @@ class FinetuningJob:
     """A job as the store knows it. Times are Unix seconds; see also :class:`NewJob`.
 
     Attributes:
-        adapter_int_id: vLLM's integer id of the adapter, unique in the store.
-        attempts: how often an engine has begun it.
-        cancel_requested: the engine shall stop it.
-        folder: holds ``dataset.safetensors`` and, in the end, ``adapter/``.
+        adapter_int_id: vLLM's integer id of the adapter while it is trained.
+        step: the furthest optimizer step that was done; a run that continues from a checkpoint may
+            be behind it.
+        first_step: the furthest step when the current run began, at ``started_at``.
+        attempts: how often an engine has begun it without coming further than before.
+        cancel_requested, pause_requested: what the engine shall do with it.
+        folder: holds ``dataset.safetensors``, ``checkpoints/`` and, in the end, ``adapter/``.
     """
 
     id: str
@@ -192,11 +217,27 @@ class FinetuningJob:
     attempts: int
     organization_id: str
     metadata: dict[str, str] | None = field(default=None)
+    method: Method = "supervised"
+    validation_file: str | None = None
+    result_file: str | None = None
+    integrations: list[dict[str, Any]] | None = None
+    pause_requested: bool = False
+    first_step: int = 0
 
     @property
     def dataset_path(self) -> Path:
         """The tokenized examples."""
         return self.folder / "dataset.safetensors"
+
+    @property
+    def validation_path(self) -> Path:
+        """The tokenized examples of the validation file."""
+        return self.folder / "validation.safetensors"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Where the checkpoints lie, a folder each."""
+        return self.folder / "checkpoints"
 
     @property
     def adapter_path(self) -> Path:
@@ -206,12 +247,27 @@ class FinetuningJob:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A finished adapter that requests may name as their model. ``path`` is a PEFT folder."""
+    """An adapter that requests may name as their model. ``path`` is a PEFT folder."""
 
     name: str
     int_id: int
     path: str
     base_model: str
+    created_at: int
+    source: AdapterSource = "job"
+    job_id: str | None = None
+    organization_id: str = "local"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a job that is served. ``metrics`` are OpenAI's (``train_loss``, ...)."""
+
+    id: str
+    job_id: str
+    step: int
+    name: str
+    metrics: dict[str, Any]
     created_at: int
 
 
@@ -224,3 +280,5 @@ class StoredFile:
     bytes: int
     purpose: str
     created_at: int
+    expires_at: int | None = None
+    organization_id: str = "local"

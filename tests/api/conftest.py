@@ -93,7 +93,7 @@ def server(tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any) 
     store = JobStore(tmp_path / "store")
 
     def find_adapter(name: str) -> str | None:
-        adapter = store.served_adapter(name)
+        adapter = store.adapters.get(name)
         return adapter.path if adapter else None
 
     service = FinetuningService(

@@ -26,7 +26,7 @@ from flexllm_vllm.api.metrics import (
     count_queued_jobs,
 )
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec
-from flexllm_vllm.jobs.schema import Database
+from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.scheduler.stats import FinetuningStats
 
 ROOT = Path(__file__).parents[2]

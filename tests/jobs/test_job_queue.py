@@ -52,16 +52,16 @@ def test_success_serves_the_adapter(store: JobStore, add_job: AddJob) -> None:
     job = store.claim_next_job()
     assert job is not None
     before = store.adapters_version()
-    assert store.served_adapter(job.adapter_name) is None
+    assert store.adapters.get(job.adapter_name) is None
     store.succeed(job.id, job.adapter_path)
     done = store.get_job(job.id)
     assert (done.status, done.fine_tuned_model) == (JobStatus.SUCCEEDED, job.adapter_name)
     assert done.finished_at is not None
-    adapter = store.served_adapter(job.adapter_name)
+    adapter = store.adapters.get(job.adapter_name)
     assert adapter is not None
-    assert (adapter.int_id, adapter.base_model) == (job.adapter_int_id, "demo")
+    assert (adapter.int_id, adapter.base_model) == (500_000_000, "demo")
     assert adapter.path == str(job.folder / "adapter")
-    assert store.list_served_adapters() == [adapter]
+    assert store.adapters.all() == [adapter]
     assert store.adapters_version() != before
     with pytest.raises(JobStateError):
         store.fail(job.id, "late", "too late")
@@ -80,14 +80,18 @@ def test_a_failed_job_says_why(store: JobStore, add_job: AddJob) -> None:
 
 def test_interrupted_jobs_are_tried_three_times(store: JobStore, add_job: AddJob) -> None:
     job = add_job()
+    store.claim_next_job()
+    store.record_progress(job.id, 5, 30, 100)
     for attempt in (1, 2):
+        with JobStore(store.root) as restarted:
+            restarted.requeue_interrupted()
         assert store.claim_next_job().attempts == attempt
-        store.record_progress(job.id, 5, 30, 100)
+        store.record_progress(job.id, 5, 30, 100)  # no further than before
         with JobStore(store.root) as restarted:
             assert restarted.requeue_interrupted() == [job.id]
         queued = store.get_job(job.id)
-        assert (queued.status, queued.step) == (JobStatus.QUEUED, 0)
-        assert "starts again from the beginning" in messages(store, job.id)[0]
+        assert (queued.status, queued.step) == (JobStatus.QUEUED, 5)
+        assert "continues from its last checkpoint" in messages(store, job.id)[0]
     store.claim_next_job()
     assert store.requeue_interrupted() == []
     failed = store.get_job(job.id)

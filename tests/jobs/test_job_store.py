@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
 
 from flexllm_vllm.jobs import (
     CursorNotFoundError,
@@ -16,8 +15,6 @@ from flexllm_vllm.jobs import (
     JobStatus,
     JobStore,
     LoraSpec,
-    StoreVersionError,
-    schema,
 )
 
 AddJob = Callable[..., FinetuningJob]
@@ -27,13 +24,6 @@ def test_only_the_owner_may_read_the_store(store: JobStore) -> None:
     for folder in (store.root, store.root / "files", store.root / "jobs", store.root / "engines"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((store.root / "store.db").stat().st_mode) == 0o600
-
-
-def test_a_store_of_another_version_is_refused(store: JobStore) -> None:
-    with store._database.write() as connection:
-        connection.execute(update(schema.schema_version).values(version=99))
-    with pytest.raises(StoreVersionError, match="99"):
-        JobStore(store.root)
 
 
 def test_files_are_kept_listed_and_deleted(store: JobStore) -> None:
