@@ -125,6 +125,13 @@ def add_flags(parser: Any) -> None:
         "takes at most half of it, since a request that arrives waits for its end. (default: auto, "
         "4 times the target of an iteration with inference)",
     )
+    group.add_argument(
+        "--finetuning-checkpoint-interval-s",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="Seconds of training that a server that is killed may lose: from one checkpoint of a "
+        f"running job to the next. (default: {defaults.checkpoint_interval_s:.0f})",
+    )
 
 
 def _target_ms(text: str) -> float | None:

@@ -38,6 +38,7 @@ class FinetuningConfig:
             (``patches/cpu_linear_weights.py``).
         tpot_slo_ms: latency target of an iteration that holds inference; None: a multiple of what
             it takes without finetuning (``scheduler/budget.py``).
+        checkpoint_interval_s: seconds from one checkpoint of a running job to the next.
         ttft_slo_ms: target of the time to first token; half of it bounds iterations that hold no
             inference, since a request that arrives waits for their end. None: a multiple of the
             target of the others.
@@ -54,6 +55,7 @@ class FinetuningConfig:
     base_weights: str = "auto"
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
+    checkpoint_interval_s: float = 60.0
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.
@@ -86,6 +88,7 @@ class FinetuningConfig:
         for flag, target in (
             ("--finetuning-tpot-slo-ms", self.tpot_slo_ms),
             ("--finetuning-ttft-slo-ms", self.ttft_slo_ms),
+            ("--finetuning-checkpoint-interval-s", self.checkpoint_interval_s),
         ):
             if target is not None and not target > 0:
                 raise ValueError(f"{flag} is {target}, must be above 0")

@@ -5,12 +5,13 @@ answers with a :class:`StepResult`. Nothing else is shared: the scheduler decide
 computes. All of it is plain data, pickled by vLLM's executor.
 
 Within one iteration the worker works in this order, and the scheduler plans accordingly:
-``end``, ``drop``, ``start``, ``open``, then ``backward``, ``optimize``, ``save``, and last the
+``end``, ``drop``, ``start``, ``open``, then ``backward``, ``save``, ``optimize``, and last the
 forward windows, as rows of the fused forward. An optimizer step and the first forward windows of
-the next batch may therefore share an iteration.
+the next batch may therefore share an iteration, and what is saved is the adapter before that step.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TrainAdapter:
         target_modules: PEFT names of the linear layers (``q_proj`` ...).
         seed: of the initialisation of A.
         init_path: PEFT folder to continue from, or None for a fresh adapter.
+        resume_path: checkpoint folder of this very job to go on from, or None.
         betas, eps, weight_decay: of AdamW.
         layers_to_transform: decoder layers that get matrices; None for all.
     """
@@ -41,6 +43,7 @@ class TrainAdapter:
     eps: float
     weight_decay: float
     layers_to_transform: tuple[int, ...] | None = None
+    resume_path: str | None = None
 
     @property
     def scaling(self) -> float:
@@ -63,13 +66,30 @@ class PackedSequence:
 
 
 @dataclass(frozen=True)
+class PreferenceLoss:
+    """DPO (arXiv 2305.18290, equation 7): sequences of the pack in pairs, the preferred one first.
+
+    Attributes:
+        beta: how far the policy may leave the reference.
+        reference: log-probability of each sequence's targets without the adapter.
+        num_pairs: of the whole optimizer batch; the loss is the mean over them.
+    """
+
+    beta: float
+    reference: tuple[float, ...]
+    num_pairs: int
+
+
+@dataclass(frozen=True)
 class OpenPack:
-    """Sequences of one optimizer batch that run their backward together, as if concatenated.
+    """Sequences that run their backward together, as if concatenated.
 
     Attributes:
         pages: of the activation cache, for the rows of the concatenation.
         loss_denominator: loss-bearing tokens of the whole optimizer batch (not of this pack), so
             that the gradients of all packs add up to those of the batch's mean loss.
+        score_only: nothing is differentiated; the worker answers with log-probabilities.
+        preference: the loss is DPO's, not the cross-entropy.
     """
 
     pack_id: int
@@ -77,6 +97,8 @@ class OpenPack:
     sequences: tuple[PackedSequence, ...]
     pages: tuple[int, ...]
     loss_denominator: int
+    score_only: bool = False
+    preference: PreferenceLoss | None = None
 
     @property
     def num_rows(self) -> int:
@@ -95,7 +117,10 @@ class ForwardWindow:
 
 @dataclass(frozen=True, slots=True)
 class BackwardWindow:
-    """Rows ``[start, end)`` of a pack in one layer; ``layer == num_layers`` is the loss head."""
+    """Rows ``[start, end)`` of a pack in one layer.
+
+    ``layer == num_layers`` is the loss head, ``num_layers + 1`` the log-probabilities alone.
+    """
 
     pack_id: int
     layer: int
@@ -114,11 +139,17 @@ class OptimizerStep:
 
 @dataclass(frozen=True)
 class SaveAdapter:
-    """Write the adapter as a PEFT folder."""
+    """Write the adapter as a PEFT folder, in the background.
+
+    Attributes:
+        state: of the training loop, for a checkpoint that training can go on from; it is stored
+            with the optimizer's moments. None: the adapter alone.
+    """
 
     job_id: str
     path: str
     base_model: str
+    state: dict[str, Any] | None = None
 
 
 @dataclass
@@ -152,7 +183,8 @@ class AdapterLayout:
     """What the scheduler must know of an adapter that the worker has created.
 
     Attributes:
-        tokens_per_page: of the activation cache.
+        tokens_per_page: of the activation cache, of packs that are trained.
+        score_tokens_per_page: likewise of packs that are only scored.
         num_pages: of the activation cache, for all adapters together.
         lowest_layer: the backward ends with this layer.
     """
@@ -160,6 +192,24 @@ class AdapterLayout:
     tokens_per_page: int
     num_pages: int
     lowest_layer: int
+    score_tokens_per_page: int
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What came of a pack, sums over its loss-bearing tokens (or pairs), not yet divided.
+
+    Attributes:
+        loss: of the tokens; with a :class:`PreferenceLoss`, of the pairs.
+        num_correct: tokens that the model would have chosen itself.
+        logps: of each sequence, where they were asked for: its log-probability.
+        rewards: of each sequence, with a :class:`PreferenceLoss`: ``beta (logp - reference)``.
+    """
+
+    loss: float
+    num_correct: int = 0
+    logps: tuple[float, ...] = ()
+    rewards: tuple[float, ...] = ()
 
 
 @dataclass
@@ -168,15 +218,14 @@ class StepResult:
 
     Attributes:
         started: adapters that were created, by job id.
-        losses: summed loss of a pack's loss-bearing tokens (not yet divided), by pack id; present
-            in the iteration in which the pack's loss head was finished.
+        packs: by pack id, in the iteration in which its loss head (or its score) was finished.
         grad_norms: total norm before clipping, by job id, of each optimizer step.
-        saved: jobs whose adapter folder is complete.
+        saved: folders that are complete.
         failures: jobs in whose work an exception was raised.
     """
 
     started: dict[str, AdapterLayout] = field(default_factory=dict)
-    losses: dict[int, float] = field(default_factory=dict)
+    packs: dict[int, PackResult] = field(default_factory=dict)
     grad_norms: dict[str, float] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     failures: dict[str, JobFailure] = field(default_factory=dict)

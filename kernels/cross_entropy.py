@@ -5,6 +5,7 @@ fused linear cross-entropy.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +33,26 @@ def release_buffers() -> None:
     _buffers.clear()
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """What a model thinks of tokens that are given.
+
+    Attributes:
+        losses: ``[num_tokens]`` float64, ``-log softmax(logits)[target]``.
+        correct: ``[num_tokens]`` int64, 1 where no other token has a higher logit.
+    """
+
+    losses: torch.Tensor
+    correct: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int) -> "TokenLosses":
+        return cls(
+            torch.empty(num_tokens, dtype=torch.float64),
+            torch.empty(num_tokens, dtype=torch.int64),
+        )
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -39,23 +60,23 @@ def linear_cross_entropy(
     scale: float,
     logit_scale: float = 1.0,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[float, torch.Tensor]:
-    """Sum of ``-log softmax(logit_scale * x W^T)[target]`` and its gradient.
+) -> tuple[TokenLosses, torch.Tensor | None]:
+    """``-log softmax(logit_scale * x W^T)[target]`` of each token, and the gradient of their sum.
 
     Args:
         x: ``[num_tokens, hidden_size]``.
         weight: ``[vocab_size, hidden_size]``.
         targets: ``[num_tokens]`` int64.
-        scale: factor of the gradient (one over the loss-bearing tokens of the batch).
+        scale: factor of the gradient (one over the loss-bearing tokens of the batch); 0 for none.
         logit_scale: factor of the logits.
         project: a faster ``x W^T``, where there is one.
 
     Returns:
-        The loss sum (not scaled), and ``dx`` ``[num_tokens, hidden_size]`` in the dtype of ``x``,
-        scaled by ``scale``.
+        The losses (not scaled), and ``dx`` ``[num_tokens, hidden_size]`` in the dtype of ``x``,
+        scaled by ``scale``; None where that is 0.
     """
-    dx = torch.empty_like(x)
-    loss = 0.0
+    dx = torch.empty_like(x) if scale else None
+    found = TokenLosses.empty(x.shape[0])
     for start in range(0, x.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = x[rows]
@@ -64,45 +85,50 @@ def linear_cross_entropy(
             if project
             else torch.mm(chunk, weight.t(), out=_buffer(x, weight.shape[0])[: len(chunk)])
         )
-        chunk_loss, gradient = softmax_cross_entropy(logits, targets[rows], scale, logit_scale)
-        loss += chunk_loss
-        dx[rows] = input_gradient(gradient, weight)
-    return loss, dx
+        into = TokenLosses(found.losses[rows], found.correct[rows])
+        gradient = softmax_cross_entropy(logits, targets[rows], scale, logit_scale, into)
+        if dx is not None:
+            dx[rows] = input_gradient(gradient, weight)
+    return found, dx
 
 
 def softmax_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, logit_scale: float
-) -> tuple[float, torch.Tensor]:
-    """Loss sum of ``softmax(logit_scale * logits)``, and its gradient times ``scale``.
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, logit_scale: float, into: TokenLosses
+) -> torch.Tensor:
+    """Losses of ``softmax(logit_scale * logits)``, and the gradient of their sum times ``scale``.
 
     Args:
-        logits: ``[num_tokens, vocab_size]``, overwritten.
+        logits: ``[num_tokens, vocab_size]``, overwritten unless ``scale`` is 0.
         targets: ``[num_tokens]`` int64.
         scale, logit_scale: factors of the gradient and of the logits.
+        into: takes the losses; contiguous.
 
     Returns:
-        The loss sum, and the gradient ``[num_tokens, vocab_size]`` in the dtype of ``logits``.
+        The gradient ``[num_tokens, vocab_size]`` in the dtype of ``logits``; without a meaning
+        where ``scale`` is 0.
     """
     logits = logits.contiguous()
-    losses = torch.empty(logits.shape[0], dtype=torch.float64)
     if native.call("cross_entropy", logits, targets.contiguous(), *logits.shape, logit_scale, scale,
-                   losses):  # fmt: skip
-        return float(losses.sum()), logits
-    return softmax_cross_entropy_torch(logits, targets, scale, logit_scale)
+                   into.losses, into.correct):  # fmt: skip
+        return logits
+    return softmax_cross_entropy_torch(logits, targets, scale, logit_scale, into)
 
 
 def softmax_cross_entropy_torch(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, logit_scale: float
-) -> tuple[float, torch.Tensor]:
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, logit_scale: float, into: TokenLosses
+) -> torch.Tensor:
     """:func:`softmax_cross_entropy` in torch operations."""
     scores = logits.float()
     if logit_scale != 1.0:
         scores = scores * logit_scale
     log_norm = torch.logsumexp(scores, dim=-1)
     picked = scores.gather(1, targets[:, None]).squeeze(1)
-    loss = float((log_norm - picked).double().sum())
+    into.losses.copy_(log_norm - picked)
+    into.correct.copy_(picked >= scores.amax(dim=-1))
+    if not scale:
+        return logits
     probabilities = scores.sub_(log_norm[:, None]).exp_()
     ones = torch.ones_like(probabilities[:, :1])
     probabilities.scatter_add_(1, targets[:, None], -ones)
     probabilities *= scale * logit_scale
-    return loss, probabilities.to(logits.dtype)
+    return probabilities.to(logits.dtype)

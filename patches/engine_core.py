@@ -1,9 +1,9 @@
 """Introduces the scheduler to the engine core that runs it.
 
 The finetuning scheduler must know when the engine is shutting down (finetuning is no work to wait
-for then), must wake it when a job arrives while it sleeps, and has a record of its iterations and
-counters that the API asks for. Why a patch: a scheduler is given no reference to its engine, and
-the engine answers only to its own methods.
+for then, but a checkpoint is written in the end), must wake it when a job arrives while it sleeps,
+and has a record of its iterations and counters that the API asks for. Why a patch: a scheduler is
+given no reference to its engine, and the engine answers only to its own methods.
 Fits vLLM 0.32 (``vllm/v1/engine/core.py``). Applied when the scheduler is imported, so only in
 engines that finetune; raises there if the loop is gone.
 """
@@ -27,7 +27,13 @@ def apply() -> None:
     def run_attached(self: Any) -> None:
         if hasattr(self.scheduler, "attach_engine"):
             self.scheduler.attach_engine(self)
-        run(self)
+        try:
+            run(self)
+        except SystemExit:
+            # The regular end. Workers are still alive; whatever else ends the loop, they may not.
+            if hasattr(self.scheduler, "detach_engine"):
+                self.scheduler.detach_engine(self)
+            raise
 
     def finetuning_iterations(self: Any, last: int) -> list[dict[str, Any]]:
         return self.scheduler.finetuning_iterations(last)

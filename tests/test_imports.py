@@ -17,8 +17,26 @@ MAY_IMPORT = {
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/api": {"api", "jobs", "data", "config", "log"},
     "flexllm_vllm/models": {"models", "kernels"},
-    "flexllm_vllm/worker": {"worker", "models", "kernels", "patches", "plan", "config", "log"},
-    "flexllm_vllm/scheduler": {"scheduler", "jobs", "data", "patches", "plan", "config", "log"},
+    "flexllm_vllm/worker": {
+        "worker",
+        "models",
+        "kernels",
+        "patches",
+        "plan",
+        "checkpoints",
+        "config",
+        "log",
+    },
+    "flexllm_vllm/scheduler": {
+        "scheduler",
+        "jobs",
+        "data",
+        "patches",
+        "plan",
+        "checkpoints",
+        "config",
+        "log",
+    },
 }
 
 

@@ -22,7 +22,7 @@ TOKENS_PER_PAGE = 32
 def layout_of(spec: EngineSpec, lowest_layer: int = 0) -> AdapterLayout:
     """The activation cache that the flags ask for, of an adapter on all linear layers."""
     pages = spec.finetuning.activation_cache_tokens // TOKENS_PER_PAGE
-    return AdapterLayout(TOKENS_PER_PAGE, pages, lowest_layer)
+    return AdapterLayout(TOKENS_PER_PAGE, pages, lowest_layer, TOKENS_PER_PAGE)
 
 
 def make_request(

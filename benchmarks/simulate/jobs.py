@@ -8,6 +8,7 @@ from typing import Any
 
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
+from flexllm_vllm.plan import JobFailure
 from flexllm_vllm.scheduler.feeder import ClaimedJob, NoStore
 
 
@@ -30,16 +31,6 @@ class Journal:
 
     def record_progress(self, *_: Any) -> None:
         """The store keeps a job's last step beside its steps; here the steps are enough."""
-
-    def succeed(self, job_id: str, path: Path) -> None:
-        self.status[job_id] = JobStatus.SUCCEEDED
-
-    def cancelled(self, job_id: str) -> None:
-        self.status[job_id] = JobStatus.CANCELLED
-
-    def fail(self, job_id: str, code: str, message: str) -> None:
-        self.status[job_id] = JobStatus.FAILED
-        self.errors[job_id] = message
 
 
 class MemoryFeeder(NoStore):
@@ -71,8 +62,15 @@ class MemoryFeeder(NoStore):
     def write(self, job_id: str, action: Callable[[Any], object]) -> None:
         action(self.journal)
 
-    def finish(self, job_id: str, action: Callable[[Any], object]) -> None:
-        action(self.journal)
+    def completed(self, job: FinetuningJob, result_step: int | None) -> None:
+        self.journal.status[job.id] = JobStatus.SUCCEEDED
+
+    def failed(self, job_id: str, failure: JobFailure) -> None:
+        self.journal.status[job_id] = JobStatus.FAILED
+        self.journal.errors[job_id] = failure.message
+
+    def cancelled(self, job: FinetuningJob) -> None:
+        self.journal.status[job.id] = JobStatus.CANCELLED
 
     def stop(self) -> None:
         """There is no thread."""

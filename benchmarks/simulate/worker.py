@@ -5,7 +5,14 @@ from typing import Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 from benchmarks.simulate.machine import Contents
-from flexllm_vllm.plan import AdapterLayout, BackwardWindow, OpenPack, StepPlan, StepResult
+from flexllm_vllm.plan import (
+    AdapterLayout,
+    BackwardWindow,
+    OpenPack,
+    PackResult,
+    StepPlan,
+    StepResult,
+)
 
 
 class FakeWorker:
@@ -95,7 +102,7 @@ class FakeWorker:
             self._optimize(step.job_id)
             contents.optimizer_steps += 1
             result.grad_norms[step.job_id] = 1.0
-        result.saved = [save.job_id for save in plan.save]
+        result.saved = [save.path for save in plan.save]
         for forward in plan.forward:
             tokens = forward.end - forward.start
             contents.forward_tokens += tokens
@@ -111,7 +118,7 @@ class FakeWorker:
         self.trained[pack.job_id] += share * 2 / 3
         if window.layer == self.num_layers and window.start == 0:
             targets = (target for s in pack.sequences for target in s.targets)
-            result.losses[window.pack_id] = float(sum(target >= 0 for target in targets))
+            result.packs[window.pack_id] = PackResult(float(sum(t >= 0 for t in targets)))
         if window.layer == self._layout.lowest_layer and window.start == 0:
             self._commit(self.packs.pop(window.pack_id))
 

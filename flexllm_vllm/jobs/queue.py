@@ -178,10 +178,13 @@ class JobQueue:
             JobNotFoundError, JobStateError: the job is not running.
         """
         with self._database.write() as connection:
-            self._running(connection, job_id, "paused")
-            self._pause(connection, job_id, f"Fine-tuning job paused at step {step}")
+            row = self._running(connection, job_id, "paused")
+            if row.pause_requested:
+                self._pause(connection, job_id, f"Fine-tuning job paused at step {step}")
+            else:  # taken back, too late for the engine
+                self._update(connection, job_id, status=JobStatus.QUEUED.value, owner=None)
 
-    def succeed(self, job_id: str, adapter_path: Path) -> None:
+    def succeed(self, job_id: str, adapter_path: Path, result_file: str | None = None) -> None:
         """End a running job; from this transaction on its adapter is served.
 
         Raises:
@@ -189,7 +192,7 @@ class JobQueue:
         """
         with self._database.write() as connection:
             row = self._running(connection, job_id, "succeeded")
-            self._finish(connection, job_id, JobStatus.SUCCEEDED)
+            self._finish(connection, job_id, JobStatus.SUCCEEDED, result_file=result_file)
             add_adapter(
                 connection,
                 row.adapter_name,
@@ -296,7 +299,13 @@ class JobQueue:
         self, connection: Connection, job_id: str, status: JobStatus, **values: Any
     ) -> None:
         self._update(
-            connection, job_id, status=status.value, finished_at=now(), owner=None, **values
+            connection,
+            job_id,
+            status=status.value,
+            finished_at=now(),
+            owner=None,
+            pause_requested=False,
+            **values,
         )
 
     def _update(self, connection: Connection, job_id: str, **values: Any) -> None:

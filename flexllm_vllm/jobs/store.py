@@ -241,15 +241,16 @@ class JobStore(JobQueue):
         message: str,
         type: EventType = "message",
         data: dict[str, Any] | None = None,
+        key: str | None = None,
     ) -> None:
-        """Append an event to a job.
+        """Append an event to a job; of several with one ``key`` the first is kept.
 
         Raises:
             JobNotFoundError: no such job.
         """
         with self._database.write() as connection:
             self._row(connection, job_id)
-            insert_event(connection, job_id, NewEvent(message, level, type, data))
+            insert_event(connection, job_id, NewEvent(message, level, type, data, key))
 
     def list_events(
         self,
@@ -266,6 +267,13 @@ class JobStore(JobQueue):
         """
         rows, more = self._page_of_job(schema.events, job_id, after, limit, organization_id)
         return [event_from_row(row) for row in rows], more
+
+    def metrics_events(self, job_id: str) -> list[dict[str, Any]]:
+        """Data of all metrics events of a job, oldest first."""
+        table = schema.events
+        query = select(table.c.data).where(table.c.job_id == job_id, table.c.type == "metrics")
+        with self._database.read() as connection:
+            return list(connection.scalars(query.order_by(table.c.seq)))
 
     # -- cheap looks for changes -----------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from flexllm_vllm.kernels.cross_entropy import TokenLosses
 from flexllm_vllm.kernels.lora import LoraGroup
 
 # PEFT's names of the linear layers, by the merged linear of vLLM that computes them. The order
@@ -137,13 +138,13 @@ class ModelBackward(Protocol):
 
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
-    ) -> tuple[float, torch.Tensor]:
-        """Loss sum of these rows, and the gradient of their ``hidden`` times ``scale``.
+    ) -> tuple[TokenLosses, torch.Tensor | None]:
+        """Losses of these rows, and the gradient of their sum by ``hidden``, times ``scale``.
 
         Args:
             hidden: ``[num_rows, hidden_size]``, the input of the final norm.
             targets: ``[num_rows]`` int64.
-            scale: one over the loss-bearing tokens of the optimizer batch.
+            scale: one over the loss-bearing tokens of the optimizer batch; 0 for no gradient.
         """
 
     def layer_backward(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy, release_buffers
+from flexllm_vllm.kernels.cross_entropy import TokenLosses, linear_cross_entropy, release_buffers
 from flexllm_vllm.kernels.linear import input_gradient, use_onednn
 from flexllm_vllm.kernels.lora import lora_add, lora_backward
 from flexllm_vllm.kernels.paged_attention import attention_backward, attention_forward
@@ -203,14 +203,14 @@ class LlamaBackward:
 
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
-    ) -> tuple[float, torch.Tensor]:
+    ) -> tuple[TokenLosses, torch.Tensor | None]:
         norm, head = self._decoder.norm, self._lm_head
         weight = head.weight[: self._vocab_size]
         packed = None
         if len(head.weight) == len(weight) and (weight.dtype != torch.float32 or use_onednn()):
             packed = getattr(head, "cpu_linear", None)
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        loss, dx = linear_cross_entropy(
+        losses, dx = linear_cross_entropy(
             x,
             weight,
             targets,
@@ -218,7 +218,9 @@ class LlamaBackward:
             self._logit_scale,
             project=packed and (lambda rows: packed(rows, head.weight, None)),
         )
-        return loss, rms_norm_backward(dx, hidden, norm.weight, norm.variance_epsilon)
+        if dx is None:
+            return losses, None
+        return losses, rms_norm_backward(dx, hidden, norm.weight, norm.variance_epsilon)
 
     def layer_backward(
         self,

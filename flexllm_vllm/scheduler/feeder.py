@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flexllm_vllm.checkpoints import Checkpoint
 from flexllm_vllm.data.dataset import TokenizedDataset
+from flexllm_vllm.jobs.errors import JobStateError
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import FinetuningJob
 from flexllm_vllm.log import get_logger
+from flexllm_vllm.plan import JobFailure
+from flexllm_vllm.scheduler import job_files
+from flexllm_vllm.scheduler.training_loop import Save
 
 logger = get_logger(__name__)
 
@@ -26,6 +31,8 @@ class ClaimedJob:
 
     job: FinetuningJob
     dataset: TokenizedDataset
+    validation: TokenizedDataset | None = None
+    resume: Checkpoint | None = None
 
 
 class JobFeeder:
@@ -47,11 +54,14 @@ class JobFeeder:
         self._wake = wake
         self._claimed: queue.SimpleQueue[ClaimedJob] = queue.SimpleQueue()
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._paused: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, Callable[[JobStore], object]]] = (
             queue.SimpleQueue()
         )
+        self._broken: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._running: set[str] = set()
         self._cancelling: set[str] = set()
+        self._pausing: set[str] = set()
         self._stopping = threading.Event()
         self._look = threading.Event()
         self._thread = threading.Thread(target=self._run, name="finetuning-jobs", daemon=True)
@@ -61,7 +71,12 @@ class JobFeeder:
 
     @property
     def has_news(self) -> bool:
-        return not (self._claimed.empty() and self._cancelled.empty())
+        return not (
+            self._claimed.empty()
+            and self._cancelled.empty()
+            and self._paused.empty()
+            and self._broken.empty()
+        )
 
     def take_jobs(self) -> list[ClaimedJob]:
         return _drain(self._claimed)
@@ -69,12 +84,69 @@ class JobFeeder:
     def take_cancellations(self) -> list[str]:
         return _drain(self._cancelled)
 
+    def take_pauses(self) -> list[str]:
+        return _drain(self._paused)
+
     def write(self, job_id: str, action: Callable[[JobStore], object]) -> None:
         """Has the thread run ``action(store)``, in order."""
         self._outbox.put((job_id, action))
         self._look.set()
 
-    def finish(self, job_id: str, action: Callable[[JobStore], object]) -> None:
+    def take_broken(self) -> list[tuple[str, str]]:
+        """Jobs whose checkpoints cannot be kept, and why."""
+        return _drain(self._broken)
+
+    def checkpointed(self, job: FinetuningJob, save: Save, best_step: int) -> None:
+        """A checkpoint is written. If it cannot be kept the job is :meth:`take_broken`."""
+
+        def add(store: JobStore) -> None:
+            try:
+                job_files.add_checkpoint(store, job, save, best_step)
+            except Exception as error:
+                logger.exception("cannot keep a checkpoint of finetuning job %s", job.id)
+                self._broken.put((job.id, f"its checkpoint cannot be kept: {error}"))
+                self._wake()
+
+        self.write(job.id, add)
+
+    def completed(self, job: FinetuningJob, result_step: int | None) -> None:
+        """Training is over; ``result_step`` is the checkpoint that is its result, if it is one."""
+
+        def complete(store: JobStore) -> None:
+            try:
+                job_files.complete(store, job, result_step)
+            except JobStateError:
+                raise  # cancelled meanwhile
+            except Exception as error:
+                logger.exception("cannot complete finetuning job %s", job.id)
+                reason = f"its result cannot be written: {error}"
+                store.fail(job.id, "checkpoint_failed", reason)
+
+        self._finish(job.id, complete)
+
+    def failed(self, job_id: str, failure: JobFailure) -> None:
+        """The job cannot go on."""
+
+        def fail(store: JobStore) -> None:
+            job_files.keep_last(store, job_id)
+            store.fail(job_id, failure.code, failure.message)
+
+        self._finish(job_id, fail)
+
+    def cancelled(self, job: FinetuningJob) -> None:
+        """The engine has let go of a job that was to be cancelled."""
+
+        def cancel(store: JobStore) -> None:
+            store.cancelled(job.id)
+            job_files.clean_up(store, job)
+
+        self._finish(job.id, cancel)
+
+    def paused(self, job: FinetuningJob, step: int) -> None:
+        """A checkpoint of this step holds all of a job that was to be paused."""
+        self._finish(job.id, lambda store: store.paused(job.id, step))
+
+    def _finish(self, job_id: str, action: Callable[[JobStore], object]) -> None:
         """Like :meth:`write`, the job's last word: another one may be claimed after it."""
 
         def last(store: JobStore) -> None:
@@ -83,6 +155,7 @@ class JobFeeder:
             finally:
                 self._running.discard(job_id)
                 self._cancelling.discard(job_id)
+                self._pausing.discard(job_id)
 
         self.write(job_id, last)
 
@@ -112,7 +185,7 @@ class JobFeeder:
                 if current != version or made_room:
                     version = current
                     self._claim()
-                    self._find_cancelled()
+                    self._find_requests()
             except Exception:
                 logger.exception("cannot read the finetuning job store; trying again")
             if self.has_news:
@@ -134,18 +207,31 @@ class JobFeeder:
             if job is None:
                 return
             try:
-                dataset = TokenizedDataset.load(job.folder)
+                claimed = self._load(job)
             except Exception as error:
                 logger.exception("cannot read the data set of finetuning job %s", job.id)
                 self._store.fail(job.id, "dataset_unreadable", f"cannot read its data: {error}")
                 continue
             self._running.add(job.id)
-            self._claimed.put(ClaimedJob(job, dataset))
+            self._claimed.put(claimed)
 
-    def _find_cancelled(self) -> None:
+    def _load(self, job: FinetuningJob) -> ClaimedJob:
+        has_validation = job.validation_file is not None
+        return ClaimedJob(
+            job,
+            TokenizedDataset.load(job.dataset_path),
+            TokenizedDataset.load(job.validation_path) if has_validation else None,
+            job_files.resume_point(self._store, job),
+        )
+
+    def _find_requests(self) -> None:
         for job_id in self._store.cancel_requested_jobs() & self._running - self._cancelling:
             self._cancelling.add(job_id)
             self._cancelled.put(job_id)
+        asked = self._store.pause_requested_jobs() & self._running
+        for job_id in asked - self._pausing - self._cancelling:
+            self._pausing.add(job_id)
+            self._paused.put(job_id)
 
 
 class NoStore:
@@ -159,10 +245,28 @@ class NoStore:
     def take_cancellations(self) -> list[str]:
         return []
 
+    def take_pauses(self) -> list[str]:
+        return []
+
+    def take_broken(self) -> list[tuple[str, str]]:
+        return []
+
     def write(self, job_id: str, action: Any) -> None:
         pass
 
-    def finish(self, job_id: str, action: Any) -> None:
+    def checkpointed(self, job: FinetuningJob, save: Save, best_step: int) -> None:
+        pass
+
+    def completed(self, job: FinetuningJob, result_step: int | None) -> None:
+        pass
+
+    def failed(self, job_id: str, failure: JobFailure) -> None:
+        pass
+
+    def cancelled(self, job: FinetuningJob) -> None:
+        pass
+
+    def paused(self, job: FinetuningJob, step: int) -> None:
         pass
 
 

@@ -57,8 +57,8 @@ class HiddenRows:
         reserve = min(len(self._scheduler.running), self.num_blocks // 2)
         return pack.num_blocks(self.block_size) <= free - reserve - promised
 
-    def open(self, pack: Pack, lora: LoRARequest) -> None:
-        """Makes vLLM's view of a pack's sequences."""
+    def open(self, pack: Pack, lora: LoRARequest | None) -> None:
+        """Makes vLLM's view of a pack's sequences; without ``lora``, of the base model."""
         for index, sequence in enumerate(pack.sequences):
             request = Request(
                 request_id=f"finetuning-{pack.pack_id}-{index}",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from vllm.v1.request import Request
 
+from flexllm_vllm.plan import PackResult
+
 _ids = itertools.count()
 
 
@@ -19,22 +21,24 @@ class Sequence:
             end with the last that carries loss: what follows has no gradient.
         done: rows whose forward is complete.
         request: vLLM's view of the sequence, while it holds KV blocks.
+        example: its number in the data set.
     """
 
     token_ids: list[int]
     targets: tuple[int, ...]
     done: int = 0
     request: Request | None = None
+    example: int = -1
 
     @classmethod
-    def of(cls, token_ids: list[int], loss_mask: list[int]) -> "Sequence":
+    def of(cls, token_ids: list[int], loss_mask: list[int], example: int = -1) -> "Sequence":
         """The rows of an example; ``loss_mask[t]`` says that token ``t`` is to be predicted."""
         targets = [
             token if mask else -1 for token, mask in zip(token_ids[1:], loss_mask[1:], strict=True)
         ]
         while targets and targets[-1] < 0:
             targets.pop()
-        return cls(token_ids[: len(targets) + 1], tuple(targets))
+        return cls(token_ids[: len(targets) + 1], tuple(targets), example=example)
 
     @property
     def num_rows(self) -> int:
@@ -64,9 +68,11 @@ class Pack:
         job_id: the job it belongs to.
         pack_id: new for every attempt, so that the worker never mixes two of them.
         pages: of the activation cache, while the pack is open.
-        layer: backward: the layer that is running; ``num_layers`` is the loss head.
+        layers: backward: the first layer that runs and the last one, downwards.
+        layer: backward: the layer that is running; ``num_layers`` is the loss head and the number
+            above it the score.
         row: backward: rows ``[0, row)`` of that layer are still to be done.
-        loss: summed loss of its loss-bearing tokens, None until the worker has reported it.
+        result: of its loss head or score, None until the worker has reported it.
     """
 
     job_id: str
@@ -74,9 +80,10 @@ class Pack:
     pack_id: int = field(default_factory=lambda: next(_ids))
     phase: PackPhase = PackPhase.WAITING
     pages: tuple[int, ...] = ()
+    layers: tuple[int, int] = (0, 0)
     layer: int = -1
     row: int = 0
-    loss: float | None = None
+    result: PackResult | None = None
 
     @property
     def num_rows(self) -> int:
@@ -91,41 +98,47 @@ class Pack:
         """It holds KV blocks and pages of the activation cache."""
         return self.phase in (PackPhase.FORWARD, PackPhase.BACKWARD)
 
-    def begin_backward(self, num_layers: int) -> None:
+    def begin_backward(self) -> None:
         self.phase = PackPhase.BACKWARD
-        self.layer = num_layers
+        self.layer = self.layers[0]
         self.row = self.num_rows
 
     def restart(self) -> None:
         """Back to the start, as a new attempt."""
         self.pack_id = next(_ids)
         self.phase = PackPhase.WAITING
-        self.loss = None
+        self.result = None
         for sequence in self.sequences:
             sequence.done = 0
 
 
 def make_packs(
-    job_id: str, sequences: list[Sequence], max_rows: int, max_blocks: int, block_size: int
+    job_id: str,
+    items: list[list[Sequence]],
+    max_rows: int,
+    max_blocks: int,
+    block_size: int,
 ) -> list[Pack]:
-    """Splits an optimizer batch, in order, into packs.
+    """Splits a batch, in order, into packs.
 
     Args:
         job_id: owner.
-        sequences: of the batch.
-        max_rows: tokens a pack may hold; a longer sequence gets a pack of its own.
+        items: of the batch; sequences of one item stay together.
+        max_rows: tokens a pack may hold; a longer item gets a pack of its own.
         max_blocks: KV blocks a pack may hold, likewise.
         block_size: tokens of a KV block.
     """
     packs: list[Pack] = []
-    for sequence in sequences:
+    for item in items:
         last = packs[-1] if packs else None
+        rows = sum(sequence.num_rows for sequence in item)
+        blocks = sum(sequence.num_blocks(block_size) for sequence in item)
         if (
             last is not None
-            and last.num_rows + sequence.num_rows <= max_rows
-            and last.num_blocks(block_size) + sequence.num_blocks(block_size) <= max_blocks
+            and last.num_rows + rows <= max_rows
+            and last.num_blocks(block_size) + blocks <= max_blocks
         ):
-            last.sequences.append(sequence)
+            last.sequences += item
         else:
-            packs.append(Pack(job_id, [sequence]))
+            packs.append(Pack(job_id, list(item)))
     return packs

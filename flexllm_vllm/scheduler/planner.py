@@ -1,6 +1,8 @@
 """Fills an iteration with finetuning work: backward windows, optimizer steps, forward windows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from vllm.lora.request import LoRARequest
 
@@ -10,8 +12,10 @@ from flexllm_vllm.plan import (
     BackwardWindow,
     OpenPack,
     PackedSequence,
+    PackResult,
     StepPlan,
 )
+from flexllm_vllm.scheduler.batch import BatchKind
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
@@ -19,6 +23,8 @@ from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 # Smaller windows than this leave the GEMMs bound by reading the weights: on 2 cores 16 tokens run
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
@@ -57,6 +63,7 @@ class Planner:
         max_window: a larger forward or backward window is not planned; None for no bound.
         pages: of the activation cache.
         num_dropped: packs given up to inference, or to an older pack, so far.
+        failed: jobs whose planning raised, to be taken by :meth:`take_failed`.
     """
 
     def __init__(self, shape: ModelShape, rows: HiddenRows) -> None:
@@ -70,6 +77,7 @@ class Planner:
         self._ended: list[str] = []
         self._dropped: list[int] = []
         self.num_dropped = 0
+        self.failed: dict[str, Exception] = {}
 
     # -- jobs --------------------------------------------------------------------------------
 
@@ -77,16 +85,35 @@ class Planner:
     def has_work(self) -> bool:
         return bool(self.loops or self._ended)
 
-    def make_packs(self, loop: TrainingLoop, sequences: list[Sequence]) -> list[Pack]:
+    def make_packs(
+        self, loop: TrainingLoop, items: list[list[Sequence]], kind: BatchKind
+    ) -> list[Pack]:
         """Packs of at most half the caches, so that two can be open, of one job or of two."""
         assert loop.layout is not None
-        return make_packs(
+        per_page = self._tokens_per_page(loop, kind)
+        packs = make_packs(
             loop.job.id,
-            sequences,
-            max_rows=min(PACK_ROWS, self.pages.num_pages // 2 * loop.layout.tokens_per_page),
+            items,
+            max_rows=min(PACK_ROWS, self.pages.num_pages // 2 * per_page),
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
+        head = self.shape.num_layers
+        for pack in packs:
+            if not kind.is_trained:
+                pack.layers = (head + 1, head + 1)
+            elif loop.objective.needs_reference:
+                pack.layers = (head + 1, loop.layout.lowest_layer)
+            else:
+                pack.layers = (head, loop.layout.lowest_layer)
+        return packs
+
+    @staticmethod
+    def _tokens_per_page(loop: TrainingLoop, kind: BatchKind) -> int:
+        assert loop.layout is not None
+        if kind.is_trained:
+            return loop.layout.tokens_per_page
+        return loop.layout.score_tokens_per_page
 
     def started(self, job_id: str, layout: AdapterLayout) -> None:
         """The worker has created a job's adapter.
@@ -99,15 +126,15 @@ class Planner:
             return
         if self.pages.num_pages != layout.num_pages:
             self.pages = PagePool(layout.num_pages)
-        longest = max(len(loop.dataset.example(i)[0]) for i in range(len(loop.dataset)))
         kept = layout.num_pages * layout.tokens_per_page
         in_kv_cache = self._rows.num_blocks * self._rows.block_size
         limit = min(kept, in_kv_cache)
-        if longest - 1 > limit:
+        if loop.longest - 1 > limit:
+            what = "example" if loop.objective.width == 1 else "pair of examples"
             raise ValueError(
-                f"the longest example has {longest} tokens, and this server can train sequences "
-                f"of at most {limit + 1} (activation cache {kept} tokens, KV cache {in_kv_cache} "
-                "tokens)"
+                f"the longest {what} has {loop.longest} tokens, and this server can train "
+                f"sequences of at most {limit + 1} (activation cache {kept} tokens, KV cache "
+                f"{in_kv_cache} tokens)"
             )
         loop.layout = layout
 
@@ -125,6 +152,11 @@ class Planner:
             self._give_up(pack)
         if loop.started:
             self._ended.append(job_id)
+
+    def take_failed(self) -> dict[str, Exception]:
+        """Jobs that were taken out since their planning raised."""
+        failed, self.failed = self.failed, {}
+        return failed
 
     def reset(self) -> None:
         """Forgets all packs and frees what they held, whatever state they were left in."""
@@ -173,23 +205,51 @@ class Planner:
         self._ended, self._dropped = [], []
         for loop in self.loops.values():
             if not loop.started:
-                plan.start.append(loop.start())
+                self._guard(loop, lambda x: plan.start.append(x.start()), loop)
         left = budget.total
         # Who has had least for its weight comes first, so that tokens are shared fairly.
         loops = sorted((x for x in self.loops.values() if x.ready), key=lambda x: x.service)
+        # Before any optimizer step is planned: what is saved are the weights before it.
+        for loop in loops:
+            if (order := self._guard(loop, TrainingLoop.take_save, loop)) is not None:
+                plan.save.append(order)
         if left > 0:
             left -= self._plan_steps(loops, left, budget, plan)
             left -= self._plan_backward(loops, left, budget, plan)
             left -= self._plan_steps(loops, left, budget, plan)
-        for loop in loops:
-            if loop.finished and not loop.saving:
-                plan.save.append(loop.save())
         left -= budget.rows
         # What any forward costs must be worth it, unless there is nothing else to do.
         if left > 0 and (left >= budget.rows or not (plan.backward or plan.optimize)):
             tokens = max(1, int(left / budget.forward))
             self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
+        self._leave_out_failed(plan)
         return plan
+
+    def _guard(self, loop: TrainingLoop, work: Callable[..., T], *arguments: Any) -> T | None:
+        """Runs the planning of one job. An exception in it ends that job and no other."""
+        if loop.job.id in self.failed:
+            return None
+        try:
+            return work(*arguments)
+        except Exception as error:
+            logger.exception("planning the work of finetuning job %s failed", loop.job.id)
+            self.failed[loop.job.id] = error
+            return None
+
+    def _leave_out_failed(self, plan: StepPlan) -> None:
+        """Takes out of a plan what was planned of jobs before their planning failed."""
+        if not self.failed:
+            return
+        packs = {p.pack_id for p in self._packs.values() if p.job_id in self.failed}
+        packs |= {o.pack_id for o in plan.open if o.job_id in self.failed}
+        for job_id in self.failed:
+            self.remove(job_id)
+        plan.start = [x for x in plan.start if x.job_id not in self.failed]
+        plan.open = [x for x in plan.open if x.job_id not in self.failed]
+        plan.optimize = [x for x in plan.optimize if x.job_id not in self.failed]
+        plan.save = [x for x in plan.save if x.job_id not in self.failed]
+        plan.backward = [x for x in plan.backward if x.pack_id not in packs]
+        plan.forward = [x for x in plan.forward if x.pack_id not in packs]
 
     def _plan_steps(
         self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
@@ -200,11 +260,13 @@ class Planner:
         """
         used = 0.0
         for loop in loops:
-            if loop.batch is not None and loop.batch.done:
+            if self._guard(loop, lambda x: x.step_is_due, loop):
                 first = not plan.optimize and not plan.backward
                 if first or used + budget.step <= limit:
-                    plan.optimize.append(loop.close_batch())
-                    used += budget.step
+                    order = self._guard(loop, TrainingLoop.close_batch, loop)
+                    if order is not None:
+                        plan.optimize.append(order)
+                        used += budget.step
         return used
 
     def _plan_backward(
@@ -216,45 +278,56 @@ class Planner:
         whatever its size.
         """
         used = 0.0
+        for loop in loops:
+            used += self._guard(loop, self._backward_of, loop, limit - used, budget, plan) or 0.0
+        return used
+
+    def _backward_of(
+        self, loop: TrainingLoop, limit: float, budget: Budget, plan: StepPlan
+    ) -> float:
+        used = 0.0
         head = self.shape.num_layers
         per_layer = budget.backward / head  # of a token in one layer
-        for loop in loops:
-            for pack in loop.batch.packs if loop.batch else []:
-                done = 0.0  # token-layers
-                while pack.phase is PackPhase.BACKWARD and used < limit:
-                    layers = self.shape.loss_head_layers if pack.layer == head else 1.0
-                    wanted = int((limit - used - budget.window) / (per_layer * layers))
-                    if used > 0 and wanted < self.min_window and wanted < pack.row:
-                        break
-                    size = self._window(pack.row, wanted, self.min_window)
-                    plan.backward.append(
-                        BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
-                    )
-                    used += budget.window + size * layers * per_layer
-                    done += size * layers
-                    self._advance(loop, pack, size)
-                loop.serve(done * 2 / (3 * head))
-                if pack.phase is PackPhase.BACKWARD:
+        first = not plan.backward
+        for pack in loop.batch.packs if loop.batch else []:
+            done = 0.0  # token-layers
+            while pack.phase is PackPhase.BACKWARD and used < limit:
+                layers = self.layers(pack.layer)
+                wanted = int((limit - used - budget.window) / (per_layer * layers))
+                if not first and wanted < self.min_window and wanted < pack.row:
                     break
+                first = False
+                size = self._window(pack.row, wanted, self.min_window)
+                plan.backward.append(
+                    BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
+                )
+                used += budget.window + size * layers * per_layer
+                done += size * layers
+                self._advance(pack, size)
+            loop.serve(done * 2 / (3 * head))
+            if pack.phase is PackPhase.BACKWARD:
+                break
         return used
 
     def layers(self, layer: int) -> float:
-        """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head."""
-        return self.shape.loss_head_layers if layer == self.shape.num_layers else 1.0
+        """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head, and the
+        score above it is half of that: the logits, and nothing through them."""
+        if layer == self.shape.num_layers:
+            return self.shape.loss_head_layers
+        return 1.0 if layer < self.shape.num_layers else self.shape.loss_head_layers / 2
 
     def _window(self, remaining: int, wanted: int, least: int) -> int:
         """Size of a window that begins with ``remaining`` tokens to go."""
         size = min(remaining, max(wanted, least))
         return size if self.max_window is None else min(size, self.max_window)
 
-    def _advance(self, loop: TrainingLoop, pack: Pack, num_rows: int) -> None:
+    def _advance(self, pack: Pack, num_rows: int) -> None:
         pack.row -= num_rows
         if pack.row:
             return
         pack.layer -= 1
         pack.row = pack.num_rows
-        assert loop.layout is not None
-        if pack.layer < loop.layout.lowest_layer:
+        if pack.layer < pack.layers[1]:
             pack.phase = PackPhase.DONE
             # The worker runs backward windows before the forward: blocks and pages are free for
             # the forward windows of this very iteration.
@@ -264,28 +337,35 @@ class Planner:
             self._forget(pack)
 
     def _forget(self, pack: Pack) -> None:
-        """Drops a pack that is done, once its loss is known too."""
-        if pack.phase is PackPhase.DONE and pack.loss is not None:
+        """Drops a pack that is done, once its result is known too."""
+        if pack.phase is PackPhase.DONE and pack.result is not None:
             self._packs.pop(pack.pack_id, None)
 
     def _plan_forward(self, loops: list[TrainingLoop], num_tokens: int, plan: StepPlan) -> None:
         for loop in loops:
-            batch = loop.open_batch()
-            for pack in batch.packs if batch else []:
-                if pack.phase is PackPhase.WAITING and (
-                    num_tokens <= 0 or not self._admit(loop, pack, plan)
-                ):
-                    break
-                if pack.phase is PackPhase.FORWARD:
-                    size = self._forward(pack, num_tokens, plan)
-                    num_tokens -= size
-                    loop.serve(size / 3)
+            num_tokens -= self._guard(loop, self._forward_of, loop, num_tokens, plan) or 0
+
+    def _forward_of(self, loop: TrainingLoop, num_tokens: int, plan: StepPlan) -> int:
+        """Plans the next forward windows of a job; returns their tokens."""
+        used = 0
+        batch = loop.open_batch()
+        for pack in batch.packs if batch else []:
+            if pack.phase is PackPhase.WAITING and (
+                used >= num_tokens or not self._admit(loop, pack, plan)
+            ):
+                break
+            if pack.phase is PackPhase.FORWARD:
+                size = self._forward(pack, num_tokens - used, plan)
+                used += size
+                loop.serve(size / 3)
+        return used
 
     def _admit(self, loop: TrainingLoop, pack: Pack, plan: StepPlan) -> bool:
         """Opens a pack if pages and KV blocks are there for all of it."""
         assert loop.batch is not None
         assert loop.layout is not None
-        num_pages = -(-pack.num_rows // loop.layout.tokens_per_page)
+        kind = loop.batch.kind
+        num_pages = -(-pack.num_rows // self._tokens_per_page(loop, kind))
         # Blocks that open packs will still ask for are not free, or two would wait for each other.
         promised = sum(
             s.num_blocks(self._rows.block_size) - -(-s.done // self._rows.block_size)
@@ -301,7 +381,7 @@ class Planner:
         lora = LoRARequest(
             f"finetuning-{loop.job.id}", loop.job.adapter_int_id, "in the worker's memory"
         )
-        self._rows.open(pack, lora)
+        self._rows.open(pack, None if kind is BatchKind.REFERENCE else lora)
         plan.open.append(
             OpenPack(
                 pack_id=pack.pack_id,
@@ -312,7 +392,9 @@ class Planner:
                     if s.request is not None
                 ),
                 pages=pack.pages,
-                loss_denominator=loop.batch.loss_denominator,
+                loss_denominator=loop.batch.denominator,
+                score_only=not kind.is_trained,
+                preference=loop.preference_of(pack),
             )
         )
         return True
@@ -332,7 +414,7 @@ class Planner:
             sequence.done += size
             used += size
         if all(s.done == s.num_rows for s in pack.sequences):
-            pack.begin_backward(self.shape.num_layers)
+            pack.begin_backward()
         return used
 
     def _yield_to(self, pack: Pack, plan: StepPlan) -> None:
@@ -348,9 +430,23 @@ class Planner:
 
     # -- results -----------------------------------------------------------------------------
 
-    def set_loss(self, pack_id: int, loss: float) -> None:
-        """The worker has the loss of a pack."""
+    def job_of(self, pack_id: int) -> str | None:
+        """The job that a pack belongs to; None if it was given up."""
         pack = self._packs.get(pack_id)
-        if pack is not None:
-            pack.loss = loss
-            self._forget(pack)
+        return pack.job_id if pack is not None else None
+
+    def report(self, pack_id: int, result: PackResult) -> None:
+        """The worker has the loss, or the score, of a pack."""
+        pack = self._packs.get(pack_id)
+        if pack is None:
+            return
+        pack.result = result
+        self._forget(pack)
+        if (loop := self.loops.get(pack.job_id)) is not None:
+            loop.pack_reported()
+
+    def hold(self, job_id: str) -> None:
+        """Plans nothing more of a job; its packs give up what they hold."""
+        for pack in [p for p in self._packs.values() if p.job_id == job_id]:
+            self._give_up(pack)
+        self.loops[job_id].hold()

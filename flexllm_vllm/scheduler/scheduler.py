@@ -13,6 +13,7 @@ from vllm.v1.metrics.buckets import histogram_buckets
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
+from flexllm_vllm.plan import StepPlan
 from flexllm_vllm.scheduler.budget import LatencyBudget
 from flexllm_vllm.scheduler.calibration import Calibration
 from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
@@ -26,6 +27,9 @@ from flexllm_vllm.scheduler.stats import FinetuningStats, Kind
 logger = get_logger(__name__)
 
 engine_core.apply()
+
+# Within the time that the engine has to end (SHUTDOWN_TIMEOUT in cli.py).
+SAVE_TIMEOUT_S = 8.0
 
 ONE_REQUEST = IterationWork(decode_rows=1.0)
 
@@ -71,7 +75,13 @@ class FinetuningScheduler(Scheduler):
             [names] if isinstance(names, str) else names,
             lambda: self._wake_engine(),
         )
-        self._jobs = JobRunner(self._planner, self._feeder, model_config.model, self._stats)
+        self._jobs = JobRunner(
+            self._planner,
+            self._feeder,
+            model_config.model,
+            self._stats,
+            config.checkpoint_interval_s,
+        )
         self._give_way_to_inference()
 
     def attach_engine(self, engine: Any) -> None:
@@ -83,6 +93,20 @@ class FinetuningScheduler(Scheduler):
             (EngineCoreRequestType.WAKEUP, None)
         )
         self._calibrate(engine)
+
+    def detach_engine(self, engine: Any) -> None:
+        """Called by the engine core when its loop has ended, with the worker still alive: writes a
+        checkpoint of every job, so that no step is lost."""
+        try:
+            orders = self._jobs.checkpoint_orders()
+            for result in engine.model_executor.collective_rpc(
+                "finetuning_save", args=(orders, SAVE_TIMEOUT_S)
+            ):
+                self._jobs.apply_saved(result.saved)
+                for job_id, failure in result.failures.items():
+                    logger.error("no checkpoint of %s: %s", job_id, failure.message)
+        except Exception:
+            logger.exception("cannot write the last checkpoints")
 
     def _calibrate(self, engine: Any) -> None:
         """Measures this machine, so that the first iterations with a job are within their target.
@@ -152,6 +176,7 @@ class FinetuningScheduler(Scheduler):
             else:
                 budget = calibration.budget
             plan = self._planner.plan(replace(budget, max_tokens=min(left, budget.max_tokens)))
+            self._jobs.take_failed()
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
             logger.exception("planning finetuning work failed")
@@ -162,8 +187,9 @@ class FinetuningScheduler(Scheduler):
         result = getattr(model_runner_output, "finetuning", None)
         plan = getattr(scheduler_output, "finetuning", None)
         try:
-            if plan is not None:
-                self._jobs.apply(plan, result)
+            # What is saved in the background is reported when nothing may be planned.
+            if plan is not None or result is not None:
+                self._jobs.apply(plan or StepPlan(), result)
         except Exception as error:
             logger.exception("applying finetuning results failed")
             self._jobs.fail_all(error)

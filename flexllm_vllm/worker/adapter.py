@@ -1,16 +1,33 @@
 """A LoRA adapter in training: float32 master weights, gradients, AdamW."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from flexllm_vllm.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
 from flexllm_vllm.kernels.lora import LoraGroup
 from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward, TrainedLinears
 from flexllm_vllm.plan import TrainAdapter
 
 PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterSnapshot:
+    """What an adapter was at one moment.
+
+    Attributes:
+        spec: of the adapter.
+        matrices: as of :meth:`TrainableAdapter.matrices`.
+        optimizer: AdamW's state, empty before the first step.
+    """
+
+    spec: TrainAdapter
+    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    optimizer: dict[str, torch.Tensor]
 
 
 class TrainableAdapter:
@@ -67,10 +84,13 @@ class TrainableAdapter:
         weights = self._weights.detach()
         self._groups = {key: self._views(weights, key) for key in self._layout}
         self._pack_groups = {key: self._views(self._pack_grads, key) for key in self._layout}
-        if spec.init_path is None:
-            self._initialise()
-        else:
+        if spec.resume_path is not None:
+            self.load(Path(spec.resume_path))
+            self._load_optimizer(Path(spec.resume_path))
+        elif spec.init_path is not None:
             self.load(Path(spec.init_path))
+        else:
+            self._initialise()
 
     def _views(self, flat: torch.Tensor, key: tuple[int, str]) -> LoraGroup:
         layer_name = key[1]
@@ -160,6 +180,36 @@ class TrainableAdapter:
         """Like :meth:`matrices`, the gradients of the finished packs of the batch."""
         return self._by_target({key: self._views(self._grads, key) for key in self._layout})
 
+    def snapshot(self) -> "AdapterSnapshot":
+        """A copy of weights and moments; any thread may take it, between two steps."""
+        state = self._optimizer.state.get(self._weights, {})
+        # numpy copies without torch's threads, which belong to the forward.
+        flat = torch.from_numpy(self._weights.detach().numpy().copy())
+        optimizer = {
+            name: torch.from_numpy(value.detach().numpy().copy()) for name, value in state.items()
+        }
+        matrices = self._by_target({key: self._views(flat, key) for key in self._layout})
+        return AdapterSnapshot(self.spec, matrices, optimizer)
+
+    def _load_optimizer(self, folder: Path) -> None:
+        """Takes the moments of a checkpoint; one from before the first step has none.
+
+        Raises:
+            ValueError: they are of an adapter of another size.
+        """
+        state = load_file(folder / OPTIMIZER_FILE)
+        if not state:
+            return
+        if state["exp_avg"].shape != self._weights.shape:
+            raise ValueError(
+                f"the checkpoint {folder.name} holds {state['exp_avg'].numel()} parameters, the "
+                f"adapter has {self._weights.numel()}"
+            )
+        with torch.inference_mode(False):
+            self._optimizer.state[self._weights] = {
+                name: value.clone() for name, value in state.items()
+            }
+
     def _by_target(
         self, groups: dict[tuple[int, str], LoraGroup]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -177,7 +227,7 @@ class TrainableAdapter:
         Raises:
             ValueError: its matrices are not those of this adapter (ranks, targets, layers).
         """
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / ADAPTER_FILES[1])
         for path, pair in self.matrices().items():
             for letter, matrix in zip("AB", pair, strict=True):
                 key = f"{PEFT_PREFIX}{path}.lora_{letter}.weight"

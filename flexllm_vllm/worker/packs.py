@@ -6,6 +6,7 @@ import torch
 
 from flexllm_vllm.models.base import ModelBackward, RowSegment
 from flexllm_vllm.plan import OpenPack
+from flexllm_vllm.worker.activation_cache import TokenLayout
 
 
 @dataclass
@@ -20,26 +21,36 @@ class PackState:
         d_hidden: ``[num_rows, hidden_size]`` float32, gradient of the residual stream at the
             layer that the backward has reached.
         block_ids: block table of each sequence, by row id, known from its first window on.
-        loss: summed loss so far.
+        layout: of its rows in the activation cache.
+        sequence_of: ``[num_rows]`` int64, the sequence that a row belongs to.
+        loss, num_correct: sums over the loss-bearing tokens so far.
+        logps: ``[num_sequences]`` float64, log-probabilities of the targets so far.
     """
 
     spec: OpenPack
+    layout: TokenLayout
     pages: list[int]
     rotary: torch.Tensor
     targets: torch.Tensor
     starts: list[int]
+    sequence_of: torch.Tensor
+    logps: torch.Tensor
     d_hidden: torch.Tensor | None = None
     dk: list[torch.Tensor] = field(default_factory=list)
     dv: list[torch.Tensor] = field(default_factory=list)
     block_ids: dict[str, torch.Tensor] = field(default_factory=dict)
     loss: float = 0.0
+    num_correct: int = 0
 
     @classmethod
-    def open(cls, spec: OpenPack, model: ModelBackward) -> "PackState":
+    def open(cls, spec: OpenPack, model: ModelBackward, layout: TokenLayout) -> "PackState":
         lengths = [len(s.targets) for s in spec.sequences]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         return cls(
             spec=spec,
+            layout=layout,
+            sequence_of=torch.repeat_interleave(torch.tensor(lengths)),
+            logps=torch.zeros(len(lengths), dtype=torch.float64),
             pages=list(spec.pages),
             rotary=model.rotary_table(torch.cat([torch.arange(n) for n in lengths])),
             targets=torch.tensor([t for s in spec.sequences for t in s.targets]),

@@ -1,8 +1,8 @@
 """Executes the finetuning work of an iteration in the worker process."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +14,18 @@ from flexllm_vllm.plan import (
     BackwardWindow,
     ForwardWindow,
     JobFailure,
+    OpenPack,
+    PackResult,
+    SaveAdapter,
     StepPlan,
     StepResult,
 )
 from flexllm_vllm.worker.activation_cache import ActivationCache, TokenLayout
 from flexllm_vllm.worker.adapter import TrainableAdapter
-from flexllm_vllm.worker.adapter_files import save_adapter
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.packs import PackState
+from flexllm_vllm.worker.preference import preference_loss
+from flexllm_vllm.worker.saver import AdapterSaver
 
 logger = get_logger(__name__)
 
@@ -50,7 +54,9 @@ class Trainer:
         self._policy: ActivationPolicy = policy
         self._cache = cache
         self._layouts: dict[str, TokenLayout] = {}
+        self._score_layout = cache.layout({(model.num_layers, "hidden"): model.hidden_size})
         self._lora_slots = slots
+        self.saver = AdapterSaver()
         self.adapters: dict[str, TrainableAdapter] = {}
         self.packs: dict[int, PackState] = {}
         self._result = StepResult()
@@ -58,7 +64,15 @@ class Trainer:
         self._remove_hooks: Callable[[], None] | None = None
 
     def take_result(self) -> StepResult:
-        """What came of the plan since the last call."""
+        """What came of the plans since the last call."""
+        for saved in self.saver.take_results():
+            if saved.error is None:
+                self._result.saved.append(saved.order.path)
+            else:
+                logger.error("cannot save %s", saved.order.path, exc_info=saved.error)
+                self._result.failures[saved.order.job_id] = JobFailure(
+                    "checkpoint_failed", f"its adapter cannot be saved: {saved.error}"
+                )
         result, self._result = self._result, StepResult()
         return result
 
@@ -71,16 +85,16 @@ class Trainer:
         for spec in plan.start:
             self._guard(spec.job_id, self._start, spec)
         for pack in plan.open:
-            self.packs[pack.pack_id] = PackState.open(pack, self.model)
+            self._guard(pack.job_id, self._open, pack)
         for window in plan.backward:
             state = self.packs.get(window.pack_id)
             if state is not None:
                 job_id = state.spec.job_id
                 self._guard(job_id, self._backward, window)
-        for step in plan.optimize:
-            self._guard(step.job_id, self._optimize, step)
         for save in plan.save:
             self._guard(save.job_id, self._save, save)
+        for step in plan.optimize:
+            self._guard(step.job_id, self._optimize, step)
 
     def _guard(self, job_id: str, work: Callable[[Any], None], part: Any) -> None:
         if job_id in self._result.failures:
@@ -89,9 +103,7 @@ class Trainer:
             work(part)
         except Exception as error:
             logger.exception("finetuning job %s failed", job_id)
-            self._result.failures[job_id] = JobFailure(
-                "training_error", f"{type(error).__name__}: {error}"
-            )
+            self._result.failures[job_id] = failure_of(error)
 
     # -- the plan's parts --------------------------------------------------------------------
 
@@ -102,7 +114,10 @@ class Trainer:
         self.adapters[spec.job_id] = adapter
         self._layouts[spec.job_id] = layout
         self._result.started[spec.job_id] = AdapterLayout(
-            layout.tokens_per_page, self._cache.num_pages, adapter.trained.lowest_layer
+            layout.tokens_per_page,
+            self._cache.num_pages,
+            adapter.trained.lowest_layer,
+            self._score_layout.tokens_per_page,
         )
         if self._remove_hooks is None:
             self._remove_hooks = self.model.install_capture(self._capture)
@@ -120,6 +135,10 @@ class Trainer:
             self._remove_hooks = None
             self.model.release()
 
+    def _open(self, spec: OpenPack) -> None:
+        layout = self._score_layout if spec.score_only else self._layouts[spec.job_id]
+        self.packs[spec.pack_id] = PackState.open(spec, self.model, layout)
+
     def _drop(self, pack_id: int) -> None:
         pack = self.packs.pop(pack_id, None)
         if pack is not None and pack.d_hidden is not None:
@@ -127,27 +146,28 @@ class Trainer:
 
     def _optimize(self, step: Any) -> None:
         adapter = self.adapters[step.job_id]
+        self.saver.wait_until_copied(adapter)
         norm = adapter.step(step.learning_rate, step.max_grad_norm)
         self._lora_slots.write(adapter)
         self._result.grad_norms[step.job_id] = norm
 
-    def _save(self, save: Any) -> None:
-        save_adapter(self.adapters[save.job_id], Path(save.path), save.base_model)
-        self._result.saved.append(save.job_id)
+    def _save(self, save: SaveAdapter) -> None:
+        self.saver.save(save, self.adapters[save.job_id])
 
     def _backward(self, window: BackwardWindow) -> None:
         pack = self.packs[window.pack_id]
         rows = slice(window.start, window.end)
-        if window.layer == self.model.num_layers:
-            if pack.d_hidden is None:
-                pack.begin_backward(self.model)
-            self._loss_head(pack, rows)
+        if window.layer >= self.model.num_layers:
+            if window.layer > self.model.num_layers:
+                self._score(pack, rows)
+            else:
+                self._loss_head(pack, rows)
             if window.start == 0:
-                self._result.losses[window.pack_id] = pack.loss
+                self._report(pack, window)
             return
         assert pack.d_hidden is not None
-        job_id = pack.spec.job_id
-        adapter, layout = self.adapters[job_id], self._layouts[job_id]
+        layout = pack.layout
+        adapter = self.adapters[pack.spec.job_id]
         if window.end == pack.spec.num_rows:
             pack.begin_layer()
         saved = {
@@ -169,28 +189,62 @@ class Trainer:
             adapter.commit_pack_gradients()
             del self.packs[window.pack_id]
 
-    def _loss_head(self, pack: PackState, rows: slice) -> None:
-        assert pack.d_hidden is not None
-        targets = pack.targets[rows]
-        bearing = (targets >= 0).nonzero().squeeze(1)
+    def _bearing(self, pack: PackState, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the window's rows those that carry loss, and the input of the final norm there."""
+        bearing = (pack.targets[rows] >= 0).nonzero().squeeze(1)
+        if bearing.numel() == 0:
+            return bearing, torch.empty(0)
+        key = (self.model.num_layers, "hidden")
+        hidden = self._cache.read(pack.layout, pack.pages, key, rows.start, rows.stop)
+        return bearing, hidden[bearing]
+
+    def _score(self, pack: PackState, rows: slice) -> None:
+        """Log-probabilities of the targets, without a gradient."""
+        bearing, hidden = self._bearing(pack, rows)
         if bearing.numel() == 0:
             return
-        hidden = self._cache.read(
-            self._layouts[pack.spec.job_id],
-            pack.pages,
-            (self.model.num_layers, "hidden"),
-            rows.start,
-            rows.stop,
-        )
-        loss, d_hidden = self.model.loss_head(
-            hidden[bearing],
-            targets[bearing],
-            1.0 / pack.spec.loss_denominator,
-        )
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise FloatingPointError(f"the loss is {loss}")
+        found, _ = self.model.loss_head(hidden, pack.targets[rows][bearing], 0.0)
+        pack.logps.index_add_(0, pack.sequence_of[rows][bearing], -found.losses)
+        pack.num_correct += int(found.correct.sum())
+
+    def _loss_head(self, pack: PackState, rows: slice) -> None:
+        if pack.d_hidden is None:
+            pack.begin_backward(self.model)
+        assert pack.d_hidden is not None
+        bearing, hidden = self._bearing(pack, rows)
+        if bearing.numel() == 0:
+            return
+        preference = pack.spec.preference
+        scale = 1.0 if preference else 1.0 / pack.spec.loss_denominator
+        found, d_hidden = self.model.loss_head(hidden, pack.targets[rows][bearing], scale)
+        assert d_hidden is not None
+        if preference:
+            _, factors = preference_loss(pack.logps, preference)
+            d_hidden *= factors[pack.sequence_of[rows][bearing], None].to(d_hidden.dtype)
+        else:
+            pack.loss += _finite(float(found.losses.sum()))
+            pack.num_correct += int(found.correct.sum())
         pack.d_hidden[rows].index_copy_(0, bearing, d_hidden)
-        pack.loss += loss
+
+    def _report(self, pack: PackState, window: BackwardWindow) -> None:
+        """Answers for a pack whose loss head, or score, is finished."""
+        spec = pack.spec
+        scored = window.layer > self.model.num_layers
+        if scored and not spec.score_only:
+            return
+        if spec.score_only:
+            loss = -_finite(float(pack.logps.sum()))
+            result = PackResult(loss, pack.num_correct, tuple(pack.logps.tolist()))
+            del self.packs[spec.pack_id]
+        elif spec.preference:
+            losses, _ = preference_loss(pack.logps, spec.preference)
+            rewards = spec.preference.beta * (
+                pack.logps - pack.logps.new_tensor(spec.preference.reference)
+            )
+            result = PackResult(_finite(float(losses.sum())), rewards=tuple(rewards.tolist()))
+        else:
+            result = PackResult(pack.loss, pack.num_correct)
+        self._result.packs[spec.pack_id] = result
 
     # -- capture, within the fused forward ---------------------------------------------------
 
@@ -218,6 +272,7 @@ class Trainer:
                 self._captures.append(
                     _Capture(
                         job_id=pack.spec.job_id,
+                        layout=pack.layout,
                         rows=slice(first, first + window.end - window.start),
                         pages=pack.pages,
                         start=pack.offset(window.row_id) + window.start,
@@ -233,7 +288,7 @@ class Trainer:
     def _capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
         key = (layer, name)
         for capture in self._captures:
-            layout = self._layouts[capture.job_id]
+            layout = capture.layout
             if key not in layout.widths:
                 continue
             try:
@@ -247,9 +302,8 @@ class Trainer:
     def _fail_capture(self, job_ids: set[str], error: Exception) -> None:
         """Fails the jobs of this forward's windows; the inference rows in it go on."""
         logger.exception("capturing activations failed")
-        failure = JobFailure("training_error", f"{type(error).__name__}: {error}")
         for job_id in job_ids:
-            self._result.failures[job_id] = failure
+            self._result.failures[job_id] = failure_of(error)
         self.end_forward()
 
 
@@ -258,9 +312,23 @@ class _Capture:
     """A forward window whose activations are kept: rows of the batch, and where they go."""
 
     job_id: str
+    layout: TokenLayout
     rows: slice
     pages: list[int]
     start: int
+
+
+def failure_of(error: Exception) -> JobFailure:
+    """What a user is told of an exception in a job's work."""
+    if isinstance(error, FloatingPointError):
+        return JobFailure("non_finite_loss", str(error))
+    return JobFailure("training_error", f"{type(error).__name__}: {error}")
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    return loss
 
 
 def kept_per_token(

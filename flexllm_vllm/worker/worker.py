@@ -19,7 +19,7 @@ from flexllm_vllm.patches import (
     cpu_linear_weights,
     cpu_lora_ops,
 )
-from flexllm_vllm.plan import StepPlan, StepResult
+from flexllm_vllm.plan import SaveAdapter, StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
 from flexllm_vllm.worker.kv_layout import check_kv_layout
@@ -27,6 +27,9 @@ from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.trainer import Trainer, kept_per_token
 
 logger = get_logger(__name__)
+
+# An iteration that only waits for the disk: short, since a request may arrive.
+WAIT_FOR_DISK_S = 0.01
 
 
 def with_hidden_rows(vllm_config: VllmConfig, config: FinetuningConfig) -> VllmConfig:
@@ -140,7 +143,10 @@ class FinetuningWorker(CPUWorker):
         return self.vllm_config.lora_config.lora_dtype
 
     def _needs_eager(self) -> bool:
-        """Whether a row of this batch has an adapter; rows in training do."""
+        """Whether a row of this batch has an adapter, or is a finetuning row: those of a reference
+        model have none, and the compiled graph captures nothing."""
+        if self._plan is not None and self._plan.forward:
+            return True
         wrappers = self.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
         return any(cpu_lora_ops.has_adapter_rows(wrapper) for wrapper in wrappers)
 
@@ -160,8 +166,12 @@ class FinetuningWorker(CPUWorker):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "finetuning", None)
-        if plan is None or self._trainer is None:
+        if self._trainer is None or (plan is None and not self._trainer.saver.is_busy):
             return super().execute_model(scheduler_output)
+        plan = plan or StepPlan()
+        if not scheduler_output.total_num_scheduled_tokens and not plan:
+            # Nothing else is to be done than to wait for the disk.
+            self._trainer.saver.wait(WAIT_FOR_DISK_S)
         self._plan = plan
         self._num_scheduled_tokens = scheduler_output.num_scheduled_tokens
         self._trainer.run(plan)
@@ -173,6 +183,17 @@ class FinetuningWorker(CPUWorker):
         if isinstance(output, ModelRunnerOutput):
             return self._with_result(output)
         return output
+
+    @torch.inference_mode()
+    def finetuning_save(self, orders: list[SaveAdapter], timeout_s: float) -> StepResult:
+        """Writes adapters now and waits for it, and for those that are being written: called by the
+        engine when it ends (``collective_rpc``)."""
+        if self._trainer is None:
+            return StepResult()
+        self._trainer.run(StepPlan(save=orders))
+        if not self._trainer.saver.wait_for_all(timeout_s):
+            logger.warning("the disk is too slow: a checkpoint is not complete")
+        return self._trainer.take_result()
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -140,7 +140,7 @@ void rotary_to(int out_type, const In* x, long x_row, long x_head, const float* 
 // Softmax and its gradient with respect to the logits, in place; the loss of each row.
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, long rows, long width, float logit_scale,
-                   float gradient_scale, double* losses) {
+                   float gradient_scale, double* losses, int64_t* correct) {
 #pragma omp parallel for
   for (long row = 0; row < rows; ++row) {
     T* z = logits + row * width;
@@ -161,6 +161,8 @@ void cross_entropy(T* logits, const int64_t* targets, long rows, long width, flo
     }
     const double log_norm = double(top) + __builtin_log(total);
     losses[row] = log_norm - double(target);
+    correct[row] = target >= top;
+    if (gradient_scale == 0.0f) continue;
     const float shift = float(log_norm), factor = gradient_scale * logit_scale;
 #pragma omp simd
     for (long i = 0; i < width; ++i)
@@ -216,7 +218,8 @@ void finetuning_rotary(int dtype, int out_type, const void* x, long x_row, long 
 
 void finetuning_cross_entropy(int dtype, void* logits, const int64_t* targets, long rows,
                               long width, float logit_scale, float gradient_scale,
-                              double* losses) {
-  TYPED(cross_entropy((T*)logits, targets, rows, width, logit_scale, gradient_scale, losses))
+                              double* losses, int64_t* correct) {
+  TYPED(cross_entropy((T*)logits, targets, rows, width, logit_scale, gradient_scale, losses,
+                      correct))
 }
 }

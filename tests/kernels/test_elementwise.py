@@ -87,7 +87,13 @@ def test_linear_cross_entropy(dtype: torch.dtype, rows: int) -> None:
     loss = F.cross_entropy(0.7 * leaf @ weight.double().t(), targets, reduction="sum")
     (loss / 9).backward()
     got, dx = linear_cross_entropy(x, weight, targets, 1 / 9, 0.7)
-    assert got == pytest.approx(float(loss.detach()), rel=TOLERANCE[dtype])
+    assert dx is not None
+    assert float(got.losses.sum()) == pytest.approx(float(loss.detach()), rel=TOLERANCE[dtype])
+    logits = (x.float() @ weight.float().t()).to(dtype)
+    assert torch.equal(got.correct, (logits.argmax(1) == targets).long())
+    scored, none = linear_cross_entropy(x, weight, targets, 0.0, 0.7)
+    assert none is None
+    assert torch.equal(scored.losses, got.losses)
     assert_near(dx, leaf.grad, dtype)
 
 
@@ -128,5 +134,5 @@ def test_lora_gradients_in_two_calls_are_those_of_one() -> None:
 def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
     x = torch.randn(3, 24)
     x[1, 0] = float("nan")
-    loss, _ = linear_cross_entropy(x, torch.randn(101, 24), torch.tensor([1, 2, 3]), 1.0)
-    assert loss != loss
+    found, _ = linear_cross_entropy(x, torch.randn(101, 24), torch.tensor([1, 2, 3]), 1.0)
+    assert found.losses.sum().isnan()

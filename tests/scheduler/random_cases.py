@@ -110,6 +110,7 @@ def cases(draw: Any, prefix_caching: bool = False) -> Case:
             tokens_per_page=draw(st.sampled_from([4, 8])),
             num_pages=draw(st.integers(2, 40)),
             lowest_layer=draw(st.integers(0, LAYERS - 1)),
+            score_tokens_per_page=64,
         ),
         tpot_slo_ms=draw(st.none() | st.floats(5.0, 200.0)),
         requests=tuple(some_request() for _ in range(draw(st.integers(0, 12)))),

@@ -10,7 +10,7 @@ import pytest
 
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
-from flexllm_vllm.plan import AdapterLayout, StepPlan
+from flexllm_vllm.plan import AdapterLayout, PackResult, StepPlan
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.pack import Pack, Sequence
 from flexllm_vllm.scheduler.pages import PagePool
@@ -18,7 +18,7 @@ from flexllm_vllm.scheduler.planner import ModelShape, Planner
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 LAYERS = 4
-LAYOUT = AdapterLayout(tokens_per_page=8, num_pages=32, lowest_layer=0)
+LAYOUT = AdapterLayout(tokens_per_page=8, num_pages=32, lowest_layer=0, score_tokens_per_page=64)
 
 
 class Rows:
@@ -116,7 +116,7 @@ class Worker:
             following = (layer, window.start) if window.start else (layer - 1, spec.num_rows)
             self.at[window.pack_id] = following
             if window.layer == LAYERS and window.start == 0:
-                self.planner.set_loss(window.pack_id, 1.0)
+                self.planner.report(window.pack_id, PackResult(1.0))
             if following[0] < self.lowest_layer:
                 del self.open[window.pack_id]
                 self.finished += len(spec.sequences)
@@ -130,7 +130,10 @@ class Worker:
             assert len(spec.pages) == -(-spec.num_rows // LAYOUT.tokens_per_page)
         for step in plan.optimize:
             self.steps[step.job_id] = self.steps.get(step.job_id, 0) + 1
-        self.saved += [s.job_id for s in plan.save]
+            self.planner.loops[step.job_id].step_done(1.0)
+        for save in plan.save:
+            self.planner.loops[save.job_id].saved()
+        self.saved = [name for name, loop in self.planner.loops.items() if loop.has_ended]
         forward = sum(w.end - w.start for w in plan.forward)
         assert forward <= tokens
         assert self.rows.num_rows <= self.rows.max_rows
@@ -234,8 +237,6 @@ def test_the_backward_ends_with_the_lowest_layer_that_has_matrices(tmp_path: Pat
     for _ in range(100):
         plan = worker.run(64)
         lowest = min([lowest, *(w.layer for w in plan.backward)])
-        for step in plan.optimize:
-            planner.loops[step.job_id].step_done(1.0)
         if worker.saved:
             break
     assert worker.saved == ["a"]

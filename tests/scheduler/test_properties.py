@@ -40,7 +40,7 @@ def test_two_packs_do_not_take_each_others_blocks_for_ever() -> None:
         )
         for length in (73, 33)
     )  # fmt: skip
-    layout = AdapterLayout(tokens_per_page=8, num_pages=29, lowest_layer=0)
+    layout = AdapterLayout(8, 29, lowest_layer=0, score_tokens_per_page=64)
     case = Case(
         blocks=20, block_size=4, max_num_seqs=4, max_tokens=64, finetuning_tokens=64, max_rows=4,
         layout=layout, tpot_slo_ms=None, requests=(), jobs=(first, second), budgets=(30.0,),

@@ -91,7 +91,7 @@ def test_the_folder_loads_in_peft_with_equal_weights(tmp_path: Path) -> None:
     adapter = make()
     for _, b in adapter.matrices().values():
         b.normal_()
-    save_adapter(adapter, tmp_path / "adapter", "base")
+    save_adapter(adapter.snapshot(), tmp_path / "adapter", "base")
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=50, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
@@ -111,7 +111,7 @@ def test_the_folder_loads_in_peft_with_equal_weights(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_form_is_refused(tmp_path: Path) -> None:
-    save_adapter(make(), tmp_path / "adapter", "base")
+    save_adapter(make().snapshot(), tmp_path / "adapter", "base")
     with pytest.raises(ValueError, match="expected"):
         make(r=8, init=tmp_path / "adapter")
     with pytest.raises(ValueError, match="lacks"):
