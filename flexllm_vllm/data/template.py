@@ -105,7 +105,7 @@ class ChatTemplate:
         # is no message before it): look where the text of an answer begins.
         plain = replace(conversation.messages[index], content=_PLACEHOLDER, tool_calls=())
         placeholder = self._render(conversation.first(index + 1).with_message(index, plain))
-        start = placeholder.find(_PLACEHOLDER)
+        start = placeholder.rfind(_PLACEHOLDER)
         if start < 0 or not through.startswith(placeholder[:start]):
             reason = "the model's chat template does not show where this answer begins"
             raise DataError(line, place, reason)
@@ -164,10 +164,18 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _as_template_input(conversation: Conversation, template: str) -> list[dict[str, Any]]:
+    """The messages as vLLM gives them to the template for a request."""
     messages = [message.as_template_input() for message in conversation.messages]
-    if not _DEVELOPER.search(template):
-        # OpenAI's newer name for the system's role; vLLM decides by the same rule.
-        for message in messages:
-            if message["role"] == "developer":
-                message["role"] = "system"
-    return messages
+    developer = [message for message in messages if message["role"] == "developer"]
+    if not developer or _DEVELOPER.search(template):
+        return messages
+    # OpenAI's newer name for the system's role. vLLM renames it where the template does not know
+    # it, and then makes one system message of all.
+    for message in developer:
+        message["role"] = "system"
+    system = [message for message in messages if message["role"] == "system"]
+    if len(system) == 1 and messages[0] is system[0]:
+        return messages
+    content = "\n\n".join(message["content"] for message in system if message["content"])
+    others = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": content}, *others]

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from toy_tokenizer import CHATML, TOOL_CHATML, toy_tokenizer
+from vllm.renderers.hf import _consolidate_system_messages, _convert_developer_to_system
 
 from flexllm_vllm.data import DataError, ExampleTokenizer
 from flexllm_vllm.data.records import ChatRecord, parse_record
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+DEVELOPER = {"role": "developer", "content": "Say it twice."}
 USER = {"role": "user", "content": "Weather in Oslo?"}
 ANSWER = {"role": "assistant", "content": "It rains."}
 TOOL = {
@@ -210,13 +212,29 @@ def test_a_shape_that_was_refused_is_refused_again() -> None:
     tokenizer.encode(3, chat(USER, ANSWER, tools=()))
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [DEVELOPER, USER, ANSWER],
+        [SYSTEM, DEVELOPER, USER, ANSWER],
+        [USER, DEVELOPER, ANSWER],
+        [{**SYSTEM, "content": ""}, USER, DEVELOPER, ANSWER],
+    ],
+)
+def test_the_developer_role_is_renamed_as_vllm_does_it(messages: list[dict[str, Any]]) -> None:
+    tokenizer = toy_tokenizer(CHATML)
+    input_ids, _ = ExampleTokenizer(tokenizer).encode(3, chat(*messages, tools=()))
+    served: Any = _consolidate_system_messages(_convert_developer_to_system(messages))  # type: ignore[arg-type]
+    expected = tokenizer.apply_chat_template(served, return_dict=True)
+    assert input_ids == expected["input_ids"]
+
+
 def test_the_developer_role_stays_where_the_template_knows_it() -> None:
-    knows = CHATML + "{# 'developer' #}"
-    for template, role in ((CHATML, "system"), (knows, "developer")):
-        tokenizer = toy_tokenizer(template)
-        record = chat(SYSTEM, {**SYSTEM, "role": "developer"}, USER, ANSWER, tools=())
-        input_ids, _ = ExampleTokenizer(tokenizer).encode(3, record)
-        assert f"<|im_start|>{role}\nBe brief." in tokenizer.decode(input_ids)[30:]
+    tokenizer = toy_tokenizer(CHATML + "{# 'developer' #}")
+    messages = [SYSTEM, DEVELOPER, USER, ANSWER]
+    input_ids, _ = ExampleTokenizer(tokenizer).encode(3, chat(*messages, tools=()))
+    expected = tokenizer.apply_chat_template(messages, return_dict=True)
+    assert input_ids == expected["input_ids"]
 
 
 # A template that writes earlier answers without the thinking block that the last one has, and
