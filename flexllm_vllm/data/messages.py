@@ -9,7 +9,7 @@ from flexllm_vllm.data.jsonl import parse_object
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Finding the answers renders a conversation once for each of them.
-MAX_MESSAGES = 2048
+MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 
 _FIELDS = {"role", "content", "name"}

@@ -256,7 +256,7 @@ def test_damaged_bytes_are_refused(
 
 
 @given(st.binary(max_size=200) | st.lists(examples.map(json.dumps)).map("\n".join).map(str.encode))
-@settings(fuzz, max_examples=200)
+@settings(fuzz, max_examples=100)
 def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)

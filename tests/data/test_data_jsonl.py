@@ -71,7 +71,7 @@ def long_lines(path: Path) -> str:
 
 def many_objects(path: Path) -> str:
     path.write_bytes(b'{"messages": [' + b'{"a":0},' * (MAX_BRACKETS - 3) + b"{}]}")
-    return "line 1, field 'messages': must have at most 2048 items, got "
+    return "line 1, field 'messages': must have at most 1024 items, got "
 
 
 def many_lists(path: Path) -> str:

@@ -54,7 +54,7 @@ def test_prompt_and_completion_are_read() -> None:
         (json.dumps({"messages": [USER]}), "messages[0].role"),
         (json.dumps({"messages": [ANSWER], "user": "me"}), "user"),
         (json.dumps({"messages": [{"role": "critic", "content": ""}]}), "messages[0].role"),
-        (json.dumps({"messages": [ANSWER] * 2049}), "messages"),
+        (json.dumps({"messages": [ANSWER] * 1025}), "messages"),
         (json.dumps({"messages": [{"role": ["user"], "content": ""}]}), "messages[0].role"),
         (json.dumps({"messages": ["Hi"]}), "messages[0]"),
         (
