@@ -67,11 +67,24 @@ class ChatTemplate:
             text: what :meth:`render` made of the conversation.
 
         Raises:
-            DataError: the template hides where an answer begins or ends.
+            DataError: the template hides where an answer begins or ends, or leaves out a part of
+                it, as some do with what stands before ``</think>``.
         """
         template = self._template(conversation)
-        if not _GENERATION.search(template):
-            return [self._answer_span(conversation, index, text) for index in indices]
+        if _GENERATION.search(template):
+            spans = self._marked_answer_spans(conversation, template, indices)
+        else:
+            spans = [self._answer_span(conversation, index, text) for index in indices]
+        for index, (start, end) in zip(indices, spans, strict=True):
+            content = conversation.messages[index].content
+            if _without_spaces(content) not in _without_spaces(text[start:end]):
+                reason = "the model's chat template leaves out or changes a part of this answer"
+                raise DataError(conversation.line, f"{conversation.places[index]}.content", reason)
+        return spans
+
+    def _marked_answer_spans(
+        self, conversation: Conversation, template: str, indices: list[int]
+    ) -> list[Span]:
         marked = self._marked_spans(conversation, template)
         answers = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if len(marked) != len(answers):
@@ -151,6 +164,11 @@ class ChatTemplate:
             return str(self._tokenizer.get_chat_template(self._chat_template, tools))
         except ValueError as error:  # several templates, none of them the default
             raise DataError(conversation.line, conversation.field, str(error)) from error
+
+
+def _without_spaces(text: str) -> str:
+    """Templates trim answers, and set thinking off by line breaks."""
+    return "".join(text.split())
 
 
 def _joined(spans: list[Span]) -> list[Span]:

@@ -192,6 +192,23 @@ def test_what_the_template_would_drop_is_refused(
     assert refused(template, record) == expected
 
 
+def test_an_answer_that_the_template_shortens_is_refused() -> None:
+    # As DeepSeek-R1's does, which shows no thinking.
+    template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    record = chat(USER, {**ANSWER, "content": "<think>Rain?</think> It rains."}, **TEXT_ONLY)
+    reason = "the model's chat template leaves out or changes a part of this answer"
+    assert refused(template, record) == f"line 3, field 'messages[1].content': {reason}"
+
+
+def test_an_answer_may_be_trimmed_and_set_off() -> None:
+    template = CHATML.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'].replace('</think>', '\\n</think>') | trim }}",
+    )
+    record = chat(USER, {**ANSWER, "content": "<think>Rain?</think> Yes. "}, **TEXT_ONLY)
+    assert learnt(template, record) == ["<think>Rain?\n</think> Yes.<|im_end|>"]
+
+
 def test_results_out_of_order_need_ids_in_the_template() -> None:
     record = chat(USER, calls("a", "b"), result("b"), result("a"), ANSWER)
     assert "does not render ids of tool calls" in refused(TOOL_CHATML, record)
