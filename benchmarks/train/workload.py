@@ -30,7 +30,7 @@ def chat_batches(path: Path, model: str, batch: int, count: int) -> list[list[Ex
 
     tokenizer = ExampleTokenizer(AutoTokenizer.from_pretrained(model))
     examples: list[Example] = []
-    for line, record in itertools.islice(read_records(path), batch * count):
+    for line, record in itertools.islice(read_records(path, "supervised"), batch * count):
         ids, mask = tokenizer.encode(line, record)
         examples.append((list(ids), list(mask)))
     return [examples[i : i + batch] for i in range(0, batch * count, batch)]

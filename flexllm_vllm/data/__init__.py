@@ -3,12 +3,14 @@
 from flexllm_vllm.data.dataset import TokenizedDataset
 from flexllm_vllm.data.errors import DataError, UnsupportedTokenizerError
 from flexllm_vllm.data.order import batches, num_steps
-from flexllm_vllm.data.records import check_file
+from flexllm_vllm.data.preferences import tokenize_preferences
+from flexllm_vllm.data.records import Method, check_file
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport, tokenize_file
 
 __all__ = [
     "DataError",
     "ExampleTokenizer",
+    "Method",
     "TokenizationReport",
     "TokenizedDataset",
     "UnsupportedTokenizerError",
@@ -16,4 +18,5 @@ __all__ = [
     "check_file",
     "num_steps",
     "tokenize_file",
+    "tokenize_preferences",
 ]

@@ -4,7 +4,13 @@ from pathlib import Path
 import pytest
 
 from flexllm_vllm.data.errors import DataError
-from flexllm_vllm.data.records import ChatRecord, CompletionRecord, check_file, parse_record
+from flexllm_vllm.data.records import (
+    ChatRecord,
+    CompletionRecord,
+    Method,
+    check_file,
+    parse_record,
+)
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -27,7 +33,7 @@ def test_messages_have_roles_text_parts_and_weights() -> None:
     record = parse_record(1, json.dumps({"messages": messages}).encode())
     assert isinstance(record, ChatRecord)
     assert [m.weight for m in record.messages] == [0, 0, 0, 0, 1]
-    assert record.messages[1].content == "ab"
+    assert record.messages[1].content == "a\nb"
 
 
 def test_prompt_and_completion_are_read() -> None:
@@ -42,13 +48,13 @@ def test_prompt_and_completion_are_read() -> None:
         ("[1]", None),
         ("{}", None),
         ("\xff\xfe", None),
-        ("[" * 100_000, None),
-        ("1" * 5000, None),
+        (json.dumps({"x" * 10_000: 1, "messages": [ANSWER]}), f"{'x' * 37}..."),
         ('{"messages": []}', "messages"),
         ('{"messages": "Hi"}', "messages"),
         (json.dumps({"messages": [USER]}), "messages[0].role"),
-        (json.dumps({"messages": [ANSWER], "tools": []}), "tools"),
-        (json.dumps({"messages": [{"role": "tool", "content": ""}]}), "messages[0].role"),
+        (json.dumps({"messages": [ANSWER], "user": "me"}), "user"),
+        (json.dumps({"messages": [{"role": "critic", "content": ""}]}), "messages[0].role"),
+        (json.dumps({"messages": [ANSWER] * 1025}), "messages"),
         (json.dumps({"messages": [{"role": ["user"], "content": ""}]}), "messages[0].role"),
         (json.dumps({"messages": ["Hi"]}), "messages[0]"),
         (
@@ -79,6 +85,61 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, field: str | None) -> No
     assert caught.value.line == 3
     assert caught.value.field == field
     assert "line 3" in str(caught.value)
+
+
+def test_null_is_the_same_as_absent_in_fields_of_openai_responses() -> None:
+    nulls = dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "name"))
+    value = {"messages": [USER, {**ANSWER, **nulls}], "tools": None, "functions": None}
+    assert parse_record(1, json.dumps(value).encode()) == parse_record(
+        1, json.dumps({"messages": [USER, ANSWER]}).encode()
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "assistant", "refusal": "I cannot."},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_says(answer: dict[str, object]) -> None:
+    record = parse_record(1, json.dumps({"messages": [USER, answer]}).encode())
+    assert isinstance(record, ChatRecord)
+    assert (record.messages[1].content, record.messages[1].weight) == ("I cannot.", 1)
+
+
+PREFERENCE = {
+    "input": {"messages": [USER]},
+    "preferred_output": [ANSWER],
+    "non_preferred_output": [{**ANSWER, "content": "Go away"}],
+}
+PROMPT = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "method", "message"),
+    [
+        ([PREFERENCE], None, None),
+        ([PREFERENCE], "dpo", None),
+        ([PROMPT, {"messages": [ANSWER]}], "supervised", None),
+        ([PREFERENCE], "supervised", "line 1: this example is for the method 'dpo'"),
+        ([PREFERENCE], "supervised", "the job's method is 'supervised'"),
+        ([PROMPT], "dpo", "line 1: this example is for the method 'supervised'"),
+        ([PROMPT, PROMPT, PREFERENCE], None, "line 3: this example is for the method 'dpo'"),
+        ([PREFERENCE, PROMPT], None, "the method of the lines before is 'dpo'"),
+    ],
+)
+def test_a_file_is_for_one_method(
+    tmp_path: Path, lines: list[object], method: Method | None, message: str | None
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    if message is None:
+        assert check_file(path, method) == len(lines)
+    else:
+        with pytest.raises(DataError, match=message):
+            check_file(path, method)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
