@@ -4,7 +4,7 @@ vLLM installs its exception handlers on the whole application, in a form of its 
 :class:`OpenAIRoute` turn every exception into a response themselves and leave the others alone.
 """
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
@@ -34,27 +34,48 @@ class ApiError(Exception):
         status: HTTP status code.
         param: the parameter that is wrong, as a path into the request, or None.
         code: machine-readable reason, or None.
+        type: OpenAI's class of errors; None: the usual one of the status.
+        retry_after: seconds after which a 409 or 429 is worth another try; None: it lasts.
+        headers: further headers of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        *,
+        type: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.type = type or ("invalid_request_error" if status < 500 else "server_error")
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
         super().__init__(message)
 
     def response(self) -> JSONResponse:
         """``{"error": {"message", "type", "param", "code"}}``."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {
             "message": self.message,
-            "type": kind,
+            "type": self.type,
             "param": self.param,
             "code": self.code,
         }
-        return JSONResponse({"error": error}, status_code=self.status)
+        return JSONResponse({"error": error}, status_code=self.status, headers=self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        """The stock client repeats every 409 and 429, whole uploads too, unless it is told."""
+        if self.retry_after is not None:
+            return {**self.headers, "Retry-After": str(self.retry_after)}
+        if self.status in (409, 429):
+            return {**self.headers, "x-should-retry": "false"}
+        return self.headers
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

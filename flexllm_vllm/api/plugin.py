@@ -15,6 +15,7 @@ from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.unmatched import attach_unmatched
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
 from flexllm_vllm.jobs.database import Database
@@ -28,6 +29,7 @@ def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
     for module in (files, fine_tuning, fine_tunes, iterations):
         app.include_router(module.router)
+    attach_unmatched(app)
 
 
 class FinetuningEndpointPlugin:
