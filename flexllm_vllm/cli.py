@@ -125,6 +125,14 @@ def add_flags(parser: Any) -> None:
         "takes at most half of it, since a request that arrives waits for its end. (default: auto, "
         "4 times the target of an iteration with inference)",
     )
+    group.add_argument(
+        "--finetuning-keys-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="TOML file of API keys (hashed), each with its organization, role and quotas; files, "
+        "jobs and adapters are then an organization's own, and every route with data needs a key. "
+        "Read again when it changes.",
+    )
 
 
 def _target_ms(text: str) -> float | None:
@@ -160,9 +168,14 @@ def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
             "--finetuning-activation-cache-tokens and --finetuning-activation-cache-bytes say the "
             "same thing; give one of them"
         )
-    if "dir" in given:
-        given["dir"] = Path(given["dir"]).expanduser().absolute()
-    return FinetuningConfig(**given)
+    for name in given.keys() & {"dir", "keys_file"}:
+        given[name] = Path(given[name]).expanduser().absolute()
+    config = FinetuningConfig(**given)
+    if config.keys_file is not None:
+        from flexllm_vllm.api.keys import KeyFile
+
+        KeyFile(config.keys_file)  # what is wrong with it is said now, not when the engine is up
+    return config
 
 
 def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -> None:

@@ -41,6 +41,7 @@ class FinetuningConfig:
         ttft_slo_ms: target of the time to first token; half of it bounds iterations that hold no
             inference, since a request that arrives waits for their end. None: a multiple of the
             target of the others.
+        keys_file: the keys of the tenants (``api/keys.py``); None: there is one tenant.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -54,6 +55,7 @@ class FinetuningConfig:
     base_weights: str = "auto"
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
+    keys_file: Path | None = None
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.
@@ -97,11 +99,14 @@ class FinetuningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**asdict(self), "dir": str(self.dir)}
+        keys_file = None if self.keys_file is None else str(self.keys_file)
+        return {**asdict(self), "dir": str(self.dir), "keys_file": keys_file}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FinetuningConfig":
-        return cls(**{**values, "dir": Path(values["dir"])})
+        keys_file = values.get("keys_file")
+        paths = {"dir": Path(values["dir"]), "keys_file": keys_file and Path(keys_file)}
+        return cls(**{**values, **paths})
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "FinetuningConfig | None":

@@ -21,6 +21,7 @@ from flexllm_vllm.jobs.errors import (
     FileNotStoredError,
     JobNotFoundError,
     JobStateError,
+    QuotaExceededError,
 )
 from flexllm_vllm.log import get_logger
 
@@ -120,6 +121,9 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(409, str(error), "file_id", "file_in_use")
         case JobStateError():
             return invalid(str(error), None, "invalid_job_state")
+        case QuotaExceededError():
+            kind = "insufficient_quota"
+            return ApiError(429, str(error), None, kind, type=kind)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case _:

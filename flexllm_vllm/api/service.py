@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ from flexllm_vllm.jobs.types import (
     NewEvent,
     NewJob,
     StoredFile,
+    TrainingSpec,
 )
 from flexllm_vllm.log import get_logger
 
@@ -87,6 +88,7 @@ class FinetuningService:
                 purpose,
                 check=check_file,
                 organization_id=tenant.organization_id,
+                quotas=tenant.quotas,
             )
         except DataError as error:
             message = f"Invalid file format. {_sentence(error)}"
@@ -98,7 +100,7 @@ class FinetuningService:
         Raises:
             ApiError, DataError, LookupError: whatever is wrong with the request or its data.
         """
-        self._check_model(request.model)
+        self._check_model(request.model, tenant)
         wanted, where = _hyperparameters(request)
         lora_request = (
             request.method and request.method.supervised and request.method.supervised.lora
@@ -124,6 +126,7 @@ class FinetuningService:
             training = resolve_training(
                 wanted, request.seed, report.num_examples, max_seq_length, where
             )
+            training = _within_weight(training, wanted, tenant, where)
             return self.store.create_job(
                 NewJob(
                     id=job_id,
@@ -146,7 +149,8 @@ class FinetuningService:
                     organization_id=tenant.organization_id,
                     metadata=request.metadata,
                     events=_first_events(job_id, request.training_file, report, max_seq_length),
-                )
+                ),
+                tenant.quotas,
             )
         except BaseException:
             self.store.discard_new_job(job_id)
@@ -164,10 +168,10 @@ class FinetuningService:
             logger.exception("the engine did not report its iterations")
             raise ApiError(503, "The engine did not report its iterations.") from error
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, model: str, tenant: Tenant) -> None:
         if model in self.base_models:
             return
-        if self.store.adapters.get(model) is not None:
+        if self.store.adapters.get(model, tenant.organization_id) is not None:
             raise invalid(
                 f"The model '{model}' is an adapter: to go on training it, name the base model "
                 f"'{self.base_models[0]}' here and the adapter as method.supervised.lora.init_from",
@@ -205,6 +209,22 @@ def _hyperparameters(request: JobCreateRequest) -> tuple[Hyperparameters, str]:
     if request.hyperparameters:
         return request.hyperparameters, "hyperparameters"
     return Hyperparameters(), "hyperparameters"
+
+
+def _within_weight(
+    training: TrainingSpec, wanted: Hyperparameters, tenant: Tenant, where: str
+) -> TrainingSpec:
+    """The share of the machine that the tenant's quota allows."""
+    most = tenant.quotas.max_scheduling_weight
+    if most is None or training.scheduling_weight <= most:
+        return training
+    if wanted.scheduling_weight is not None:
+        raise invalid(
+            f"scheduling_weight {wanted.scheduling_weight} is above your organization's quota "
+            f"max_scheduling_weight of {most}",
+            f"{where}.scheduling_weight",
+        )
+    return replace(training, scheduling_weight=most)
 
 
 def _first_events(

@@ -7,8 +7,10 @@ from flexllm_vllm.jobs.errors import (
     FileNotStoredError,
     JobNotFoundError,
     JobStateError,
+    QuotaExceededError,
     StoreVersionError,
 )
+from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
@@ -42,6 +44,8 @@ __all__ = [
     "LoraSpec",
     "NewEvent",
     "NewJob",
+    "QuotaExceededError",
+    "Quotas",
     "ServedAdapter",
     "StoreVersionError",
     "StoredFile",

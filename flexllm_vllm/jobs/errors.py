@@ -53,5 +53,14 @@ class JobStateError(RuntimeError):
         super().__init__(f"Job {job_id} has status '{status}': it cannot be {wanted}")
 
 
+class QuotaExceededError(RuntimeError):
+    """The organization has what it may have."""
+
+    def __init__(self, quota: str, limit: int, advice: str) -> None:
+        self.quota = quota
+        self.limit = limit
+        super().__init__(f"Your organization has a quota {quota} of {limit}: {advice}")
+
+
 class StoreVersionError(RuntimeError):
     """The store on disk was written by another version of this package."""

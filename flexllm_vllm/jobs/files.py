@@ -13,6 +13,7 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import CursorNotFoundError, FileInUseError, FileNotStoredError
 from flexllm_vllm.jobs.names import new_id
+from flexllm_vllm.jobs.quotas import Quotas, check_file_quotas
 from flexllm_vllm.jobs.rows import file_from_row, now
 from flexllm_vllm.jobs.types import JobStatus, StoredFile
 
@@ -35,8 +36,13 @@ class FileStore:
         check: Callable[[Path], object] | None = None,
         organization_id: str = schema.LOCAL_ORGANIZATION,
         expires_at: int | None = None,
+        quotas: Quotas | None = None,
     ) -> StoredFile:
-        """Copy ``source`` to disk. ``check`` may refuse the copy by raising: then nothing stays."""
+        """Copy ``source`` to disk. ``check`` may refuse the copy by raising: then nothing stays.
+
+        Raises:
+            QuotaExceededError: the organization may not store this.
+        """
         file_id = new_id("file")
         path = self._folder / file_id
         partial = path.with_name(f".{file_id}.partial")
@@ -55,11 +61,23 @@ class FileStore:
         file = StoredFile(file_id, filename, size, purpose, now(), expires_at, organization_id)
         try:
             with self._database.write() as connection:
+                if quotas is not None:
+                    check_file_quotas(connection, organization_id, quotas, size)
                 connection.execute(insert(schema.files).values(**asdict(file)))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return file
+
+    def check_quotas(self, organization_id: str, quotas: Quotas, new_bytes: int) -> None:
+        """Whether the organization may store a file of ``new_bytes`` more; to be asked before the
+        bytes are read, since :meth:`create` asks after it.
+
+        Raises:
+            QuotaExceededError: names the quota.
+        """
+        with self._database.read() as connection:
+            check_file_quotas(connection, organization_id, quotas, new_bytes)
 
     def get(self, file_id: str, organization_id: str | None = None) -> StoredFile:
         """The file of this id; ``organization_id`` limits the look to one tenant, here and below.
@@ -105,7 +123,9 @@ class FileStore:
             query = query.where(table.c.organization_id == organization_id)
         with self._database.read() as connection:
             if after is not None:
-                seq = connection.scalar(select(table.c.seq).where(table.c.id == after))
+                seq = connection.scalar(
+                    query.with_only_columns(table.c.seq).where(table.c.id == after)
+                )
                 if seq is None:
                     raise CursorNotFoundError(after)
                 query = query.where(table.c.seq < seq if order == "desc" else table.c.seq > seq)

@@ -28,6 +28,7 @@ from flexllm_vllm.jobs.files import FileStore
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
+from flexllm_vllm.jobs.quotas import Quotas, check_job_quotas
 from flexllm_vllm.jobs.rows import (
     checkpoint_from_row,
     event_from_row,
@@ -83,13 +84,16 @@ class JobStore(JobQueue):
         """Remove the folder of a job that was never created."""
         shutil.rmtree(self._jobs_folder / job_id, ignore_errors=True)
 
-    def create_job(self, job: NewJob) -> FinetuningJob:
+    def create_job(self, job: NewJob, quotas: Quotas | None = None) -> FinetuningJob:
         """Queue a job.
 
         Raises:
             FileNotStoredError: one of its files was deleted meanwhile.
+            QuotaExceededError: the organization may not queue it.
         """
         with self._database.write() as connection:
+            if quotas is not None:
+                check_job_quotas(connection, quotas, job, self._jobs_folder)
             for wanted in filter(None, (job.training_file, job.validation_file)):
                 file_id = select(schema.files.c.id).where(schema.files.c.id == wanted)
                 if connection.scalar(file_id) is None:
@@ -138,7 +142,9 @@ class JobStore(JobQueue):
             )
         with self._database.read() as connection:
             if after is not None:
-                seq = connection.scalar(select(table.c.seq).where(table.c.id == after))
+                seq = connection.scalar(
+                    query.with_only_columns(table.c.seq).where(table.c.id == after)
+                )
                 if seq is None:
                     raise CursorNotFoundError(after)
                 query = query.where(table.c.seq < seq)
