@@ -19,6 +19,8 @@ from flexllm_vllm.jobs.errors import (
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
+    IdempotencyConflictError,
+    IdempotencyPendingError,
     JobNotFoundError,
     JobStateError,
     QuotaExceededError,
@@ -121,6 +123,12 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(409, str(error), "file_id", "file_in_use")
         case JobStateError():
             return invalid(str(error), None, "invalid_job_state")
+        case IdempotencyConflictError():
+            return ApiError(409, str(error), "Idempotency-Key", "idempotency_key_in_use")
+        case IdempotencyPendingError():
+            return ApiError(
+                409, str(error), "Idempotency-Key", "idempotency_key_pending", retry_after=1
+            )
         case QuotaExceededError():
             kind = "insufficient_quota"
             return ApiError(429, str(error), None, kind, type=kind)

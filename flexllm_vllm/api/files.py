@@ -9,6 +9,7 @@ from starlette.datastructures import UploadFile
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.responses import file_object, page
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import CurrentTenant
@@ -37,7 +38,12 @@ _FORM = {
 
 
 @router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
+async def create_file(
+    request: Request,
+    service: Service,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
     """Upload a training file; every line is checked."""
     # The form is read here and not by FastAPI, so that the size is known before the body is read.
     announced = max(0, int(request.headers.get("content-length") or 0) - _FORM_BYTES)
@@ -56,7 +62,9 @@ async def create_file(request: Request, service: Service, tenant: CurrentTenant)
             raise invalid("Missing required parameter: 'purpose'", "purpose")
         _check_size(service, file.size or 0)
         filename = file.filename or "upload.jsonl"
-        stored = await asyncio.to_thread(service.upload, file.file, filename, purpose, tenant)
+        stored = await asyncio.to_thread(
+            service.upload, file.file, filename, purpose, tenant, idempotency_key
+        )
     return file_object(stored)
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, LegacyJobCreateRequest
 from flexllm_vllm.api.responses import legacy_event_object, legacy_job_object
 from flexllm_vllm.api.service import FinetuningService
@@ -22,7 +23,10 @@ _ALL = 1_000_000
 
 @router.post("")
 async def create_fine_tune(
-    body: LegacyJobCreateRequest, service: Service, tenant: CurrentTenant
+    body: LegacyJobCreateRequest,
+    service: Service,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Queue a job."""
     request = JobCreateRequest(
@@ -35,7 +39,7 @@ async def create_fine_tune(
             learning_rate_multiplier=body.learning_rate_multiplier,
         ),
     )
-    job = await asyncio.to_thread(service.create_job, request, tenant)
+    job = await asyncio.to_thread(service.create_job, request, tenant, idempotency_key)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.requests import JobCreateRequest
 from flexllm_vllm.api.responses import checkpoint_object, event_object, job_object, page
 from flexllm_vllm.api.tenants import CurrentTenant
@@ -18,10 +19,13 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 @router.post("")
 async def create_job(
-    body: JobCreateRequest, service: Service, tenant: CurrentTenant
+    body: JobCreateRequest,
+    service: Service,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Queue a job. Its data is tokenized before the answer, so that data errors are answers."""
-    return job_object(await asyncio.to_thread(service.create_job, body, tenant))
+    return job_object(await asyncio.to_thread(service.create_job, body, tenant, idempotency_key))
 
 
 @router.get("")

@@ -1,5 +1,7 @@
 """What the routes do, without HTTP: the rules of the service over store and tokenizer."""
 
+import hashlib
+import json
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -9,6 +11,7 @@ from typing import Any, BinaryIO
 
 from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
+from flexllm_vllm.api.idempotency import create_once
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
 from flexllm_vllm.api.tenants import LOCAL, Tenant
@@ -71,13 +74,37 @@ class FinetuningService:
         return self.load_tokenizer()
 
     def upload(
-        self, source: BinaryIO, filename: str, purpose: str, tenant: Tenant = LOCAL
+        self,
+        source: BinaryIO,
+        filename: str,
+        purpose: str,
+        tenant: Tenant = LOCAL,
+        idempotency_key: str | None = None,
     ) -> StoredFile:
-        """Check every line of a training file and keep it.
+        """Check every line of a training file and keep it, once for each idempotency key.
 
         Raises:
             ApiError: another purpose, or a line that is no example (named).
         """
+
+        def fingerprint() -> bytes:
+            content = hashlib.sha256()
+            while piece := source.read(1 << 20):
+                content.update(piece)
+            source.seek(0)
+            return json.dumps([filename, purpose, content.hexdigest()]).encode()
+
+        return create_once(
+            self.store,
+            tenant,
+            "files",
+            idempotency_key,
+            fingerprint,
+            lambda: self._upload(source, filename, purpose, tenant),
+            lambda file_id: self.store.files.get(file_id, tenant.organization_id),
+        )
+
+    def _upload(self, source: BinaryIO, filename: str, purpose: str, tenant: Tenant) -> StoredFile:
         if purpose != "fine-tune":
             message = f"'{purpose[:40]}' is not one of ['fine-tune'], the purpose of files here"
             raise invalid(message, "purpose")
@@ -94,12 +121,33 @@ class FinetuningService:
             message = f"Invalid file format. {_sentence(error)}"
             raise invalid(message, "file", "invalid_file") from None
 
-    def create_job(self, request: JobCreateRequest, tenant: Tenant = LOCAL) -> FinetuningJob:
-        """Tokenize the training file and queue a job.
+    def create_job(
+        self,
+        request: JobCreateRequest,
+        tenant: Tenant = LOCAL,
+        idempotency_key: str | None = None,
+    ) -> FinetuningJob:
+        """Tokenize the training file and queue a job, once for each idempotency key.
 
         Raises:
             ApiError, DataError, LookupError: whatever is wrong with the request or its data.
         """
+
+        def fingerprint() -> bytes:
+            given = request.model_dump(mode="json", exclude_unset=True)
+            return json.dumps(given, sort_keys=True).encode()
+
+        return create_once(
+            self.store,
+            tenant,
+            "jobs",
+            idempotency_key,
+            fingerprint,
+            lambda: self._create_job(request, tenant),
+            lambda job_id: self.store.get_job(job_id, tenant.organization_id),
+        )
+
+    def _create_job(self, request: JobCreateRequest, tenant: Tenant) -> FinetuningJob:
         self._check_model(request.model, tenant)
         wanted, where = _hyperparameters(request)
         lora_request = (

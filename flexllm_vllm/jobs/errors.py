@@ -62,5 +62,24 @@ class QuotaExceededError(RuntimeError):
         super().__init__(f"Your organization has a quota {quota} of {limit}: {advice}")
 
 
+class IdempotencyConflictError(RuntimeError):
+    """The key was used for another request."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"The Idempotency-Key '{key[:80]}' was used for another request within the last 24 "
+            "hours; use a new one for each object that you create"
+        )
+
+
+class IdempotencyPendingError(RuntimeError):
+    """A request with this key is being served."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"A request with the Idempotency-Key '{key[:80]}' is still being served; try again"
+        )
+
+
 class StoreVersionError(RuntimeError):
     """The store on disk was written by another version of this package."""

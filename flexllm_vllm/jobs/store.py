@@ -5,7 +5,7 @@ Layout below ``root``, readable by its owner alone::
     store.db                  jobs, events, files, adapters (schema.py)
     files/<file id>           what was uploaded
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
-    engines/<engine id>       locks of living engines (owner.py)
+    engines/<engine id>       locks of living engines and API processes (owner.py)
 
 Everything may be called from any thread. Each process opens a store of its own.
 """
@@ -25,6 +25,7 @@ from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
 from flexllm_vllm.jobs.files import FileStore
+from flexllm_vllm.jobs.idempotency import IdempotencyKeys
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
@@ -66,6 +67,7 @@ class JobStore(JobQueue):
         jobs_folder.mkdir(mode=0o700, exist_ok=True)
         database = Database(root / "store.db")
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
+        self.idempotency = IdempotencyKeys(database, self._owner)
         self.files = FileStore(database, root / "files")
         self.adapters = AdapterStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
