@@ -3,10 +3,11 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from flexllm_vllm.api.dependencies import Service
-from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.event_stream import stream_events
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, LegacyJobCreateRequest
 from flexllm_vllm.api.responses import legacy_event_object, legacy_job_object
@@ -63,15 +64,13 @@ async def cancel_fine_tune(job_id: str, service: Service, tenant: CurrentTenant)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", response_model=dict[str, Any])
 async def list_fine_tune_events(
-    job_id: str, service: Service, tenant: CurrentTenant, stream: bool = False
-) -> dict[str, Any]:
-    """Events of a job, oldest first."""
+    request: Request, job_id: str, service: Service, tenant: CurrentTenant, stream: bool = False
+) -> Any:
+    """Events of a job, oldest first. ``stream=true``: as server-sent events, also those to come."""
     if stream:
-        raise invalid(
-            "Streaming events is not supported yet; ask again from time to time", "stream"
-        )
+        return await stream_events(request, service, job_id, tenant, legacy_event_object)
     events = await asyncio.to_thread(_events, service, job_id, tenant)
     return {"object": "list", "data": [legacy_event_object(event) for event in events]}
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.event_stream import stream_events
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.requests import JobCreateRequest
 from flexllm_vllm.api.responses import checkpoint_object, event_object, job_object, page
@@ -72,15 +73,20 @@ async def resume_job(job_id: str, service: Service, tenant: CurrentTenant) -> di
     return job_object(job)
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", response_model=dict[str, Any])
 async def list_events(
+    request: Request,
     job_id: str,
     service: Service,
     tenant: CurrentTenant,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
-    """Events of a job, newest first."""
+    stream: bool = False,
+) -> Any:
+    """Events of a job, newest first. ``stream=true``: all of them as server-sent events, oldest
+    first, then each new one until the job has ended."""
+    if stream:
+        return await stream_events(request, service, job_id, tenant, event_object)
     events, has_more = await asyncio.to_thread(
         service.store.list_events, job_id, after, limit, tenant.organization_id
     )

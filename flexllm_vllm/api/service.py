@@ -15,6 +15,7 @@ from flexllm_vllm.api.idempotency import create_once
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
 from flexllm_vllm.api.tenants import LOCAL, Tenant
+from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.order import num_steps
 from flexllm_vllm.data.records import check_file
@@ -72,6 +73,11 @@ class FinetuningService:
     @cached_property
     def _tokenizer(self) -> ExampleTokenizer:
         return self.load_tokenizer()
+
+    @cached_property
+    def watch(self) -> StoreWatch:
+        """Tells the coroutines of this process that the store has changed."""
+        return StoreWatch(self.store)
 
     def upload(
         self,

@@ -275,6 +275,23 @@ class JobStore(JobQueue):
         rows, more = self._page_of_job(schema.events, job_id, after, limit, organization_id)
         return [event_from_row(row) for row in rows], more
 
+    def events_since(
+        self, job_id: str, seq: int, organization_id: str | None = None
+    ) -> tuple[list[JobEvent], int, bool]:
+        """Events after the one numbered ``seq`` (0: all), oldest first; the number of the last one;
+        and whether the job has ended, so that no more will come.
+
+        Raises:
+            JobNotFoundError: no such job.
+        """
+        table = schema.events
+        query = select(table).where(table.c.job_id == job_id, table.c.seq > seq)
+        with self._database.read() as connection:
+            job = self._row(connection, job_id, organization_id)
+            rows = connection.execute(query.order_by(table.c.seq)).all()
+        events = [event_from_row(row) for row in rows]
+        return events, rows[-1].seq if rows else seq, JobStatus(job.status).finished
+
     # -- cheap looks for changes -----------------------------------------------------------------
 
     def data_version(self) -> int:
