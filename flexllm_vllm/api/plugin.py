@@ -11,7 +11,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
+from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations, unsupported
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
-    for module in (files, fine_tuning, fine_tunes, iterations):
+    for module in (files, fine_tuning, fine_tunes, iterations, unsupported):
         app.include_router(module.router)
     attach_unmatched(app)
 

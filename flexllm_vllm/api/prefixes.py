@@ -11,6 +11,7 @@ PREFIXES = (
     "/v1/fine_tunes",
     "/v1/finetuning",
     "/v1/webhook_endpoints",
+    "/v1/webhook_event_types",
 )
 
 
