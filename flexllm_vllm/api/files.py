@@ -11,10 +11,13 @@ from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.responses import file_object, page
+from flexllm_vllm.api.schemas import ERRORS, FileDeleted, FileObject, FilePage, answers
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import CurrentTenant
 
-router = APIRouter(prefix="/v1/files", route_class=OpenAIRoute, tags=["finetuning"])
+router = APIRouter(
+    prefix="/v1/files", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
 
 # What the multipart form adds to the file itself.
 _FORM_BYTES = 64 * 1024
@@ -36,8 +39,15 @@ _FORM = {
     }
 }
 
+_CONTENT: dict[int | str, Any] = {
+    200: {
+        "description": "The content of the file.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
-@router.post("", openapi_extra=_FORM)
+
+@router.post("", openapi_extra=_FORM, responses=answers(FileObject))
 async def create_file(
     request: Request,
     service: Service,
@@ -68,7 +78,7 @@ async def create_file(
     return file_object(stored)
 
 
-@router.get("")
+@router.get("", responses=answers(FilePage))
 async def list_files(
     service: Service,
     tenant: CurrentTenant,
@@ -84,7 +94,7 @@ async def list_files(
     return page([file_object(file) for file in files], has_more)
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=answers(FileObject))
 async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One file, without its content."""
     return file_object(
@@ -92,14 +102,14 @@ async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dic
     )
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=_CONTENT)
 async def get_file_content(file_id: str, service: Service, tenant: CurrentTenant) -> FileResponse:
     """The file as it was uploaded."""
     path = await asyncio.to_thread(service.store.files.path, file_id, tenant.organization_id)
     return FileResponse(path, media_type="application/octet-stream")
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=answers(FileDeleted))
 async def delete_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Delete a file that no unfinished job needs."""
     await asyncio.to_thread(service.store.files.delete, file_id, tenant.organization_id)

@@ -57,8 +57,15 @@ def _no_validation_file(value: Any) -> Any:
     return None
 
 
-AutoInt = Annotated[int | Literal["auto"] | None, PlainValidator(_auto_int)]
-AutoFloat = Annotated[float | Literal["auto"] | None, PlainValidator(_auto_float)]
+_AutoIntSchema = Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] | None
+_AutoFloatSchema = Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] | None
+AutoInt = Annotated[
+    int | Literal["auto"] | None, PlainValidator(_auto_int, json_schema_input_type=_AutoIntSchema)
+]
+AutoFloat = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_auto_float, json_schema_input_type=_AutoFloatSchema),
+]
 Suffix = Annotated[str | None, AfterValidator(_safe_suffix)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 

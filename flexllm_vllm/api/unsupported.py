@@ -5,8 +5,11 @@ from typing import Any, NoReturn
 from fastapi import APIRouter
 
 from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.schemas import ERRORS
 
-router = APIRouter(prefix="/v1/fine_tuning", route_class=OpenAIRoute, tags=["finetuning"])
+router = APIRouter(
+    prefix="/v1/fine_tuning", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
 
 _PERMISSIONS = "/checkpoints/{checkpoint:path}/permissions"
 
