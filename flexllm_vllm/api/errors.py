@@ -54,8 +54,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _text(message)
+        self.param = None if param is None else _text(param)
         self.code = code
         self.type = type or ("invalid_request_error" if status < 500 else "server_error")
         self.retry_after = retry_after
@@ -79,6 +79,11 @@ class ApiError(Exception):
         if self.status in (409, 429):
             return {**self.headers, "x-should-retry": "false"}
         return self.headers
+
+
+def _text(text: str) -> str:
+    """What can be written as UTF-8: a message may quote a string of the user's that cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -132,6 +137,8 @@ def as_api_error(error: Exception, where: str) -> ApiError:
         case QuotaExceededError():
             kind = "insufficient_quota"
             return ApiError(429, str(error), None, kind, type=kind)
+        case UnicodeEncodeError():
+            return invalid("A string holds half of a surrogate pair, which is no character")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case _:
