@@ -18,6 +18,9 @@ HEARTBEAT_S = 15.0
 # How soon a stream notices that the server is to end, which waits for open connections.
 _LOOK_S = 1.0
 
+# Events that are read at once: a long job has more of them than should be in memory.
+_AT_ONCE = 1000
+
 EVENT_STREAM = "text/event-stream"
 
 
@@ -45,8 +48,9 @@ async def stream_events(
             if ended:
                 yield "data: [DONE]\n\n"
                 return
+            more = len(events) == _AT_ONCE
             events = []
-            if await service.watch.changed(seen, _LOOK_S):
+            if more or await service.watch.changed(seen, _LOOK_S):
                 seen, (events, seq, ended) = await asyncio.to_thread(
                     _read, service, job_id, seq, tenant
                 )
@@ -63,7 +67,7 @@ def _read(
     service: FinetuningService, job_id: str, seq: int, tenant: Tenant
 ) -> tuple[int, tuple[list[JobEvent], int, bool]]:
     version = service.store.data_version()  # first: a change after it is not missed
-    return version, service.store.events_since(job_id, seq, tenant.organization_id)
+    return version, service.store.events_since(job_id, seq, _AT_ONCE, tenant.organization_id)
 
 
 def _is_stopping(request: Request) -> bool:

@@ -37,8 +37,10 @@ class StoreWatch:
         return True
 
     async def _poll(self) -> None:
-        while self._waiting:
+        while True:
             await asyncio.sleep(POLL_S)
+            if not self._waiting:
+                return
             now = await asyncio.to_thread(self._store.data_version)
             for woken, version in self._waiting.items():
                 if version != now and not woken.done():

@@ -276,10 +276,10 @@ class JobStore(JobQueue):
         return [event_from_row(row) for row in rows], more
 
     def events_since(
-        self, job_id: str, seq: int, organization_id: str | None = None
+        self, job_id: str, seq: int, limit: int = 1000, organization_id: str | None = None
     ) -> tuple[list[JobEvent], int, bool]:
-        """Events after the one numbered ``seq`` (0: all), oldest first; the number of the last one;
-        and whether the job has ended, so that no more will come.
+        """Events after the one numbered ``seq`` (0: from the first), oldest first; the number of
+        the last one; and whether the job has ended and no more will come.
 
         Raises:
             JobNotFoundError: no such job.
@@ -288,9 +288,10 @@ class JobStore(JobQueue):
         query = select(table).where(table.c.job_id == job_id, table.c.seq > seq)
         with self._database.read() as connection:
             job = self._row(connection, job_id, organization_id)
-            rows = connection.execute(query.order_by(table.c.seq)).all()
+            rows = connection.execute(query.order_by(table.c.seq).limit(limit)).all()
         events = [event_from_row(row) for row in rows]
-        return events, rows[-1].seq if rows else seq, JobStatus(job.status).finished
+        ended = JobStatus(job.status).finished and len(rows) < limit
+        return events, rows[-1].seq if rows else seq, ended
 
     # -- cheap looks for changes -----------------------------------------------------------------
 

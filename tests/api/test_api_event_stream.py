@@ -71,6 +71,21 @@ def test_the_objects_are_those_of_the_list(server: Any, client: openai.OpenAI, j
     assert first["object"] == "fine-tune-event"
 
 
+def test_many_events_come_in_order_and_once(
+    server: Any, client: openai.OpenAI, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "_AT_ONCE", 3)
+    server.store.claim_next_job()
+    for step in range(5):
+        server.store.record_step(job_id, step, {"train_loss": 1.0})
+    server.store.fail(job_id, "nan_loss", "The loss is not a number")
+    listed = [event.id for event in client.fine_tuning.jobs.list_events(job_id)]
+    answer = httpx.get(f"{server.url}/v1/fine_tuning/jobs/{job_id}/events?stream=true")
+    *events, done = data_of(answer.iter_lines())
+    assert [json.loads(event)["id"] for event in events] == listed[::-1]
+    assert (len(events), done) == (10, "[DONE]")
+
+
 def test_an_unknown_job_is_a_404(server: Any) -> None:
     for path in ("fine_tuning/jobs", "fine_tunes"):
         answer = httpx.get(f"{server.url}/v1/{path}/ftjob-none/events?stream=true")
