@@ -58,9 +58,10 @@ async def create_file(
     # The form is read here and not by FastAPI, so that the size is known before the body is read.
     announced = max(0, int(request.headers.get("content-length") or 0) - _FORM_BYTES)
     _check_size(service, announced)
-    await asyncio.to_thread(
-        service.store.files.check_quotas, tenant.organization_id, tenant.quotas, announced
-    )
+    if idempotency_key is None:  # with one, the file may be there and counted already
+        await asyncio.to_thread(
+            service.store.files.check_quotas, tenant.organization_id, tenant.quotas, announced
+        )
     async with request.form(max_files=1, max_fields=8) as form:
         for name in form:
             if name not in ("file", "purpose"):

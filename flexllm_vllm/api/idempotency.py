@@ -8,6 +8,7 @@ from fastapi import Header
 
 from flexllm_vllm.api.errors import ApiError
 from flexllm_vllm.api.tenants import Tenant
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.store import JobStore
 
 IdempotencyKey = Annotated[
@@ -36,7 +37,7 @@ def create_once(
     route: str,
     key: str | None,
     fingerprint: Callable[[], bytes],
-    create: Callable[[], Created],
+    create: Callable[[IdempotencyClaim | None], Created],
     get: Callable[[str], Created],
 ) -> Created:
     """What ``create`` makes, or has made for an earlier request with this key. Blocks.
@@ -44,6 +45,7 @@ def create_once(
     Args:
         route: keys of different routes are different keys.
         fingerprint: the same for requests that are the same.
+        create: may complete the claim itself, in the transaction that creates.
         get: the object of an id.
 
     Raises:
@@ -51,9 +53,9 @@ def create_once(
         IdempotencyConflictError, IdempotencyPendingError: see ``IdempotencyKeys.claim``.
     """
     if key is None:
-        return create()
-    of_key = (tenant.organization_id, route, key)
-    object_id = store.idempotency.claim(*of_key, hashlib.sha256(fingerprint()).hexdigest())
+        return create(None)
+    claim = IdempotencyClaim(tenant.organization_id, route, key)
+    object_id = store.idempotency.claim(claim, hashlib.sha256(fingerprint()).hexdigest())
     if object_id is not None:
         try:
             return get(object_id)
@@ -61,9 +63,9 @@ def create_once(
             message = f"This Idempotency-Key created {object_id}, which was deleted since"
             raise ApiError(409, message, "Idempotency-Key", "idempotency_key_in_use") from None
     try:
-        created = create()
+        created = create(claim)
     except BaseException:
-        store.idempotency.release(*of_key)
+        store.idempotency.release(claim)
         raise
-    store.idempotency.complete(*of_key, created.id)
+    store.idempotency.complete(claim, created.id)
     return created

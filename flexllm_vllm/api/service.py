@@ -24,6 +24,7 @@ from flexllm_vllm.data.tokenize import (
     TokenizationReport,
     tokenize_file,
 )
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
@@ -106,7 +107,7 @@ class FinetuningService:
             "files",
             idempotency_key,
             fingerprint,
-            lambda: self._upload(source, filename, purpose, tenant),
+            lambda _: self._upload(source, filename, purpose, tenant),
             lambda file_id: self.store.files.get(file_id, tenant.organization_id),
         )
 
@@ -149,11 +150,13 @@ class FinetuningService:
             "jobs",
             idempotency_key,
             fingerprint,
-            lambda: self._create_job(request, tenant),
+            lambda claim: self._create_job(request, tenant, claim),
             lambda job_id: self.store.get_job(job_id, tenant.organization_id),
         )
 
-    def _create_job(self, request: JobCreateRequest, tenant: Tenant) -> FinetuningJob:
+    def _create_job(
+        self, request: JobCreateRequest, tenant: Tenant, claim: IdempotencyClaim | None
+    ) -> FinetuningJob:
         self._check_model(request.model, tenant)
         wanted, where = _hyperparameters(request)
         lora_request = (
@@ -205,6 +208,7 @@ class FinetuningService:
                     events=_first_events(job_id, request.training_file, report, max_seq_length),
                 ),
                 tenant.quotas,
+                claim,
             )
         except BaseException:
             self.store.discard_new_job(job_id)

@@ -25,7 +25,7 @@ from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
 from flexllm_vllm.jobs.files import FileStore
-from flexllm_vllm.jobs.idempotency import IdempotencyKeys
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim, IdempotencyKeys, complete_claim
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
@@ -86,8 +86,13 @@ class JobStore(JobQueue):
         """Remove the folder of a job that was never created."""
         shutil.rmtree(self._jobs_folder / job_id, ignore_errors=True)
 
-    def create_job(self, job: NewJob, quotas: Quotas | None = None) -> FinetuningJob:
-        """Queue a job.
+    def create_job(
+        self,
+        job: NewJob,
+        quotas: Quotas | None = None,
+        claim: IdempotencyClaim | None = None,
+    ) -> FinetuningJob:
+        """Queue a job; ``claim`` is completed with it.
 
         Raises:
             FileNotStoredError: one of its files was deleted meanwhile.
@@ -103,6 +108,8 @@ class JobStore(JobQueue):
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
+            if claim is not None:
+                complete_claim(connection, claim, job.id)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)
 
     def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:

@@ -1,5 +1,6 @@
 """Keys, organizations and roles, through the application that vLLM builds."""
 
+import asyncio
 import hashlib
 import os
 from collections.abc import Callable
@@ -171,6 +172,29 @@ def test_without_a_valid_key_there_is_nothing_to_see(
         assert error["code"] in (None, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError):
         client_of(served[1], "sk-wrong").files.list()
+
+
+def test_a_websocket_needs_a_key_too(served: tuple[FastAPI, str]) -> None:
+    async def connect(headers: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "websocket", "path": "/v1/realtime", "root_path": "", "query_string": b"",
+            "headers": headers, "extensions": {"websocket.http.response": {}}, "subprotocols": [],
+        }  # fmt: skip
+        await served[0](scope, receive, send)
+        return sent
+
+    refused = asyncio.run(connect([]))
+    assert refused[0]["status"] == 401
+    known = asyncio.run(connect([(b"authorization", b"Bearer " + ACME.encode())]))
+    assert known[0].get("status") != 401
 
 
 def test_roles(served: tuple[FastAPI, str]) -> None:

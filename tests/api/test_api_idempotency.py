@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from flexllm_vllm.jobs import JobStore, idempotency
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 
 Upload = Callable[..., str]
 LINE = b'{"prompt": "a", "completion": "b"}\n'
@@ -18,6 +19,10 @@ LINE = b'{"prompt": "a", "completion": "b"}\n'
 
 def headers(key: str) -> dict[str, str]:
     return {"Idempotency-Key": key}
+
+
+def key_of(route: str) -> IdempotencyClaim:
+    return IdempotencyClaim("local", route, "1")
 
 
 def create_file(client: openai.OpenAI, key: str, content: bytes = LINE, name: str = "a") -> str:
@@ -87,10 +92,10 @@ def test_duplicates_at_the_same_time_create_one_job(
             url = f"{server.url}/v1/fine_tuning/jobs"
             with JobStore(server.store.root) as other:
                 try:
-                    other.idempotency.claim("local", "jobs", "1", "another request")
+                    other.idempotency.claim(key_of("jobs"), "another request")
                 except RuntimeError:
                     break
-                other.idempotency.release("local", "jobs", "1")
+                other.idempotency.release(key_of("jobs"))
             time.sleep(0.01)
         answer = httpx.post(url, json=body, headers=headers("1"))
         assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
@@ -104,10 +109,22 @@ def test_duplicates_at_the_same_time_create_one_job(
 
 def test_a_key_of_a_process_that_died_is_free(server: Any, client: openai.OpenAI) -> None:
     with JobStore(server.store.root) as other:
-        assert other.idempotency.claim("local", "files", "1", "x") is None
+        assert other.idempotency.claim(key_of("files"), "x") is None
         with pytest.raises(RuntimeError, match="was used for another request"):
-            server.store.idempotency.claim("local", "files", "1", "y")
-    assert server.store.idempotency.claim("local", "files", "1", "x") is None
+            server.store.idempotency.claim(key_of("files"), "y")
+    assert server.store.idempotency.claim(key_of("files"), "x") is None
+
+
+def test_a_job_and_its_key_are_stored_together(
+    server: Any, client: openai.OpenAI, upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the process had died right after the job was stored."""
+    file_id = upload()
+    monkeypatch.setattr(server.store.idempotency, "complete", lambda *args: 1 / 0)
+    with pytest.raises(openai.InternalServerError):
+        create_job(client, file_id, "1")
+    assert create_job(client, file_id, "1") == client.fine_tuning.jobs.list().data[0].id
+    assert len(list(client.fine_tuning.jobs.list())) == 1
 
 
 def test_keys_are_kept_for_a_day(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
