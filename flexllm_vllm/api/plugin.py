@@ -5,7 +5,8 @@ import copy
 from argparse import Namespace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
@@ -25,10 +26,14 @@ from flexllm_vllm.log import get_logger
 logger = get_logger(__name__)
 
 
+# For /openapi.json alone: keys are checked before a request comes to a route (access.py).
+_BEARER = HTTPBearer(auto_error=False, description="A key of --api-key or of the keys file.")
+
+
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
     for module in (files, fine_tuning, fine_tunes, iterations, unsupported):
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Security(_BEARER)])
     attach_unmatched(app)
 
 

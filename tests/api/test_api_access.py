@@ -241,6 +241,15 @@ def test_quotas_of_jobs_and_files(served: tuple[FastAPI, str]) -> None:
         upload(acme)
 
 
+def test_a_repeated_upload_is_not_beyond_the_quota(served: tuple[FastAPI, str]) -> None:
+    acme = client_of(served[1], ACME)
+    key = acme.with_options(default_headers={"Idempotency-Key": "1"})
+    first = upload(key)
+    upload(acme)
+    upload(acme)
+    assert upload(key) == first
+
+
 def test_quotas_of_bytes_and_tokens(served: tuple[FastAPI, str], tmp_path: Path) -> None:
     beta = client_of(served[1], BETA)
     with pytest.raises(openai.RateLimitError, match="max_bytes of 40"):

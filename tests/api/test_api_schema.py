@@ -115,6 +115,7 @@ def test_the_description_is_complete(server: Any) -> None:
         for method, operation in methods.items():
             where = f"{method} {path}"
             assert operation["description"], where
+            assert operation["security"] == [{"HTTPBearer": []}], where
             responses = operation["responses"]
             assert {"4XX", "5XX"} <= set(responses), where
             if "Graders" in operation["description"] or "projects" in operation["description"]:
