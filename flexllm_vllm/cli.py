@@ -133,6 +133,39 @@ def add_flags(parser: Any) -> None:
         "jobs and adapters are then an organization's own, and every route with data needs a key. "
         "Read again when it changes.",
     )
+    group.add_argument(
+        "--finetuning-max-file-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        help="Largest file that is taken, such as 2G or 512Mi. "
+        f"(default: {defaults.max_file_bytes >> 20}Mi)",
+    )
+    group.add_argument(
+        "--finetuning-max-files",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"Uploaded files that are kept; one more is refused. (default: {defaults.max_files})",
+    )
+    group.add_argument(
+        "--finetuning-max-disk-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        help="Size of --finetuning-dir above which neither files nor jobs are taken, such as 200G. "
+        "(default: none; some free space is left on the disk in any case)",
+    )
+    group.add_argument(
+        "--finetuning-max-queued-jobs",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="Jobs that may wait for their start; one more is refused. "
+        f"(default: {defaults.max_queued_jobs})",
+    )
+    group.add_argument(
+        "--finetuning-max-examples",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"Examples that a file may have. (default: {defaults.max_examples})",
+    )
 
 
 def _target_ms(text: str) -> float | None:
@@ -140,10 +173,11 @@ def _target_ms(text: str) -> float | None:
 
 
 def _size(text: str) -> int:
-    """Bytes of ``2G``, ``512Mi``, ``1.5GiB``: decimal and binary units, as vLLM reads sizes."""
+    """Bytes of ``512M``, ``512Mi`` or ``512MiB`` (binary), ``512m`` (decimal): vLLM's notation, and
+    that of Kubernetes for the binary ones."""
     from vllm.engine.arg_utils import human_readable_int
 
-    return human_readable_int(text.removesuffix("B"))
+    return human_readable_int(text.removesuffix("B").removesuffix("i"))
 
 
 def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:

@@ -4,6 +4,7 @@ vLLM installs its exception handlers on the whole application, in a form of its 
 :class:`OpenAIRoute` turn every exception into a response themselves and leave the others alone.
 """
 
+import errno
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -21,9 +22,15 @@ from flexllm_vllm.jobs.errors import (
     FileNotStoredError,
     IdempotencyConflictError,
     IdempotencyPendingError,
+    InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
     QuotaExceededError,
+    TooManyFilesError,
+    TooManyQueuedJobsError,
+    UploadMismatchError,
+    UploadNotFoundError,
+    UploadStateError,
 )
 from flexllm_vllm.log import get_logger
 
@@ -38,7 +45,7 @@ class ApiError(Exception):
         param: the parameter that is wrong, as a path into the request, or None.
         code: machine-readable reason, or None.
         type: OpenAI's class of errors; None: the usual one of the status.
-        retry_after: seconds after which a 409 or 429 is worth another try; None: it lasts.
+        retry_after: seconds after which a refusal is worth another try; None: it lasts.
         headers: further headers of the answer.
     """
 
@@ -73,10 +80,10 @@ class ApiError(Exception):
         return JSONResponse({"error": error}, status_code=self.status, headers=self._headers())
 
     def _headers(self) -> dict[str, str]:
-        """The stock client repeats every 409 and 429, whole uploads too, unless it is told."""
+        """The stock client repeats every 409, 429 and 5xx, whole uploads too, unless it is told."""
         if self.retry_after is not None:
             return {**self.headers, "Retry-After": str(self.retry_after)}
-        if self.status in (409, 429):
+        if self.status in (409, 413, 429, 507):
             return {**self.headers, "x-should-retry": "false"}
         return self.headers
 
@@ -139,6 +146,21 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(429, str(error), None, kind, type=kind)
         case UnicodeEncodeError():
             return invalid("A string holds half of a surrogate pair, which is no character")
+        case UploadNotFoundError():
+            return ApiError(404, str(error), "upload_id")
+        case UploadStateError():
+            return invalid(str(error), "upload_id", "invalid_upload_state")
+        case UploadMismatchError():
+            return invalid(str(error), error.param, "invalid_upload")
+        case TooManyFilesError():
+            return ApiError(429, str(error), None, "too_many_files")
+        case TooManyQueuedJobsError():
+            return ApiError(429, str(error), None, "too_many_queued_jobs", retry_after=30)
+        case InsufficientStorageError():
+            return ApiError(507, str(error), None, "insufficient_storage")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            message = "The disk of this server is full"
+            return ApiError(507, message, None, "insufficient_storage")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case _:

@@ -1,24 +1,23 @@
 """What the routes do, without HTTP: the rules of the service over store and tokenizer."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flexllm_vllm.api.errors import ApiError, invalid
+from flexllm_vllm.api.file_service import FileService
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
 from flexllm_vllm.api.idempotency import create_once
+from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
 from flexllm_vllm.api.tenants import LOCAL, Tenant
 from flexllm_vllm.api.watch import StoreWatch
-from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.order import num_steps
-from flexllm_vllm.data.records import check_file
 from flexllm_vllm.data.tokenize import (
     ExampleTokenizer,
     TokenizationReport,
@@ -32,7 +31,6 @@ from flexllm_vllm.jobs.types import (
     FinetuningJob,
     NewEvent,
     NewJob,
-    StoredFile,
     TrainingSpec,
 )
 from flexllm_vllm.log import get_logger
@@ -55,7 +53,7 @@ class FinetuningService:
         find_adapter: folder of an adapter that the server knows by this name, or None.
         fetch_iterations: the engine's records of its last iterations.
         num_layers: decoder layers of the base model.
-        max_file_bytes: size limit of an upload.
+        limits: how much this server takes in.
     """
 
     store: JobStore
@@ -67,7 +65,7 @@ class FinetuningService:
     find_adapter: Callable[[str], str | None]
     num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
-    max_file_bytes: int = 512 * 1024 * 1024
+    limits: Limits = field(default_factory=Limits)
     # Fast tokenizers refuse two threads at once ("Already borrowed").
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -80,53 +78,10 @@ class FinetuningService:
         """Tells the coroutines of this process that the store has changed."""
         return StoreWatch(self.store)
 
-    def upload(
-        self,
-        source: BinaryIO,
-        filename: str,
-        purpose: str,
-        tenant: Tenant = LOCAL,
-        idempotency_key: str | None = None,
-    ) -> StoredFile:
-        """Check every line of a training file and keep it, once for each idempotency key.
-
-        Raises:
-            ApiError: another purpose, or a line that is no example (named).
-        """
-
-        def fingerprint() -> bytes:
-            content = hashlib.sha256()
-            while piece := source.read(1 << 20):
-                content.update(piece)
-            source.seek(0)
-            return json.dumps([filename, purpose, content.hexdigest()]).encode()
-
-        return create_once(
-            self.store,
-            tenant,
-            "files",
-            idempotency_key,
-            fingerprint,
-            lambda _: self._upload(source, filename, purpose, tenant),
-            lambda file_id: self.store.files.get(file_id, tenant.organization_id),
-        )
-
-    def _upload(self, source: BinaryIO, filename: str, purpose: str, tenant: Tenant) -> StoredFile:
-        if purpose != "fine-tune":
-            message = f"'{purpose[:40]}' is not one of ['fine-tune'], the purpose of files here"
-            raise invalid(message, "purpose")
-        try:
-            return self.store.files.create(
-                source,
-                filename,
-                purpose,
-                check=check_file,
-                organization_id=tenant.organization_id,
-                quotas=tenant.quotas,
-            )
-        except DataError as error:
-            message = f"Invalid file format. {_sentence(error)}"
-            raise invalid(message, "file", "invalid_file") from None
+    @property
+    def files(self) -> FileService:
+        """The rules of files and uploads."""
+        return FileService(self.store, self.limits)
 
     def create_job(
         self,
@@ -170,6 +125,7 @@ class FinetuningService:
             self.find_adapter,
         )
         path = self._training_file(request.training_file, tenant)
+        self.files.check_job(path)
         max_seq_length = wanted.max_seq_length or self.max_seq_length
         if max_seq_length > self.max_seq_length:
             raise invalid(
@@ -209,6 +165,7 @@ class FinetuningService:
                 ),
                 tenant.quotas,
                 claim,
+                max_queued=self.limits.max_queued_jobs,
             )
         except BaseException:
             self.store.discard_new_job(job_id)
@@ -304,8 +261,3 @@ def _first_events(
         f"{report.num_loss_tokens} of them to learn; the job is queued"
     )
     return (*events, NewEvent(message))
-
-
-def _sentence(error: DataError) -> str:
-    text = str(error)
-    return text[0].upper() + text[1:]

@@ -5,10 +5,16 @@ from flexllm_vllm.jobs.errors import (
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
+    InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
     QuotaExceededError,
     StoreVersionError,
+    TooManyFilesError,
+    TooManyQueuedJobsError,
+    UploadMismatchError,
+    UploadNotFoundError,
+    UploadStateError,
 )
 from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
@@ -25,6 +31,9 @@ from flexllm_vllm.jobs.types import (
     ServedAdapter,
     StoredFile,
     TrainingSpec,
+    Upload,
+    UploadPart,
+    UploadStatus,
 )
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "FileInUseError",
     "FileNotStoredError",
     "FinetuningJob",
+    "InsufficientStorageError",
     "JobError",
     "JobEvent",
     "JobNotFoundError",
@@ -49,5 +59,13 @@ __all__ = [
     "ServedAdapter",
     "StoreVersionError",
     "StoredFile",
+    "TooManyFilesError",
+    "TooManyQueuedJobsError",
     "TrainingSpec",
+    "Upload",
+    "UploadMismatchError",
+    "UploadNotFoundError",
+    "UploadPart",
+    "UploadStateError",
+    "UploadStatus",
 ]

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, true
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.errors import QuotaExceededError
-from flexllm_vllm.jobs.types import JobStatus, NewJob
+from flexllm_vllm.jobs.types import JobStatus, NewJob, UploadStatus
 
 _UNFINISHED = tuple(status.value for status in JobStatus if not status.finished)
 
@@ -36,14 +36,22 @@ class Quotas:
 def check_file_quotas(
     connection: Connection, organization_id: str, quotas: Quotas, new_bytes: int
 ) -> None:
-    """Whether the organization may store a file of ``new_bytes`` more.
+    """Whether the organization may store a file of ``new_bytes`` more. An upload that is pending
+    counts as the file that it will be.
 
     Raises:
         QuotaExceededError: names the quota.
     """
-    table = schema.files
-    query = select(func.count(), func.coalesce(func.sum(table.c.bytes), 0))
-    files, size = connection.execute(query.where(table.c.organization_id == organization_id)).one()
+    files = size = 0
+    for table, counted in (
+        (schema.files, true()),
+        (schema.uploads, schema.uploads.c.status == UploadStatus.PENDING.value),
+    ):
+        query = select(func.count(), func.coalesce(func.sum(table.c.bytes), 0)).where(
+            counted, table.c.organization_id == organization_id
+        )
+        count, num_bytes = connection.execute(query).one()
+        files, size = files + count, size + num_bytes
     if quotas.max_files is not None and files >= quotas.max_files:
         raise QuotaExceededError("max_files", quotas.max_files, "delete a file first")
     if quotas.max_bytes is not None and size + new_bytes > quotas.max_bytes:

@@ -4,6 +4,7 @@ Layout below ``root``, readable by its owner alone::
 
     store.db                  jobs, events, files, adapters (schema.py)
     files/<file id>           what was uploaded
+    uploads/<part id>         parts of uploads that are not complete
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
     engines/<engine id>       locks of living engines and API processes (owner.py)
 
@@ -18,12 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Row, String, Table, cast, func, insert, select
+from sqlalchemy import Connection, Row, String, Table, cast, func, insert, select
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
-from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
+from flexllm_vllm.jobs.errors import (
+    CursorNotFoundError,
+    FileNotStoredError,
+    JobStateError,
+    TooManyQueuedJobsError,
+)
 from flexllm_vllm.jobs.files import FileStore
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim, IdempotencyKeys, complete_claim
 from flexllm_vllm.jobs.names import new_id
@@ -47,6 +53,10 @@ from flexllm_vllm.jobs.types import (
     NewEvent,
     NewJob,
 )
+from flexllm_vllm.jobs.uploads import UploadStore
+from flexllm_vllm.log import get_logger
+
+logger = get_logger(__name__)
 
 
 class JobStore(JobQueue):
@@ -69,6 +79,7 @@ class JobStore(JobQueue):
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
         self.idempotency = IdempotencyKeys(database, self._owner)
         self.files = FileStore(database, root / "files")
+        self.uploads = UploadStore(database, root / "uploads", self.files)
         self.adapters = AdapterStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
@@ -91,14 +102,18 @@ class JobStore(JobQueue):
         job: NewJob,
         quotas: Quotas | None = None,
         claim: IdempotencyClaim | None = None,
+        max_queued: int | None = None,
     ) -> FinetuningJob:
         """Queue a job; ``claim`` is completed with it.
 
         Raises:
             FileNotStoredError: one of its files was deleted meanwhile.
             QuotaExceededError: the organization may not queue it.
+            TooManyQueuedJobsError: ``max_queued`` jobs are waiting.
         """
         with self._database.write() as connection:
+            if max_queued is not None:
+                _check_queue(connection, max_queued)
             if quotas is not None:
                 check_job_quotas(connection, quotas, job, self._jobs_folder)
             for wanted in filter(None, (job.training_file, job.validation_file)):
@@ -111,6 +126,15 @@ class JobStore(JobQueue):
             if claim is not None:
                 complete_claim(connection, claim, job.id)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)
+
+    def check_queue(self, max_queued: int) -> None:
+        """Whether :meth:`create_job` may queue one more.
+
+        Raises:
+            TooManyQueuedJobsError: ``max_queued`` jobs are waiting.
+        """
+        with self._database.read() as connection:
+            _check_queue(connection, max_queued)
 
     def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
         """The job of this id; ``organization_id`` limits the look to one tenant, here and below.
@@ -314,6 +338,20 @@ class JobStore(JobQueue):
             newest, count = self._watch.execute(query).fetchone()
             return newest, count
 
+    # -- content on disk -------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove the content of files and uploads whose time is over."""
+        self.files.sweep()
+        self.uploads.sweep()
+
+    def clean_up(self) -> None:
+        """The same, and what processes that died left. To be called when a server starts."""
+        self.sweep()
+        removed = self.files.remove_leftovers() + self.uploads.remove_leftovers()
+        if removed:
+            logger.info("removed %d files that an interrupted process had left", removed)
+
     # -- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -333,3 +371,10 @@ class JobStore(JobQueue):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_queue(connection: Connection, max_queued: int) -> None:
+    queued = schema.jobs.c.status == JobStatus.QUEUED.value
+    count = connection.scalar(select(func.count()).select_from(schema.jobs).where(queued)) or 0
+    if count >= max_queued:
+        raise TooManyQueuedJobsError(max_queued)

@@ -265,6 +265,26 @@ def test_quotas_of_bytes_and_tokens(served: tuple[FastAPI, str], tmp_path: Path)
     assert len(list((tmp_path / "store" / "jobs").iterdir())) == 3
 
 
+def test_uploads_in_parts_are_an_organizations_own(served: tuple[FastAPI, str]) -> None:
+    acme, beta = client_of(served[1], ACME), client_of(served[1], BETA)
+    values: Any = {"filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+    with pytest.raises(openai.RateLimitError, match="max_bytes of 40"):
+        beta.uploads.create(bytes=41, **values)
+    content = LINE.rstrip()
+    pending = beta.uploads.create(bytes=len(content), **values)
+    with pytest.raises(openai.RateLimitError, match="max_bytes of 40"):
+        beta.uploads.create(bytes=40, **values)
+    for call in (
+        lambda: acme.uploads.parts.create(pending.id, data=content),
+        lambda: acme.uploads.complete(pending.id, part_ids=["part_x"]),
+        lambda: acme.uploads.cancel(pending.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            call()
+    part = beta.uploads.parts.create(pending.id, data=content)
+    assert beta.uploads.complete(pending.id, part_ids=[part.id]).status == "completed"
+
+
 def test_the_file_is_read_again_when_it_changes(
     served: tuple[FastAPI, str], keys_file: Path
 ) -> None:
