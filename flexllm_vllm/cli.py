@@ -132,6 +132,47 @@ def add_flags(parser: Any) -> None:
         help="Seconds of training that a server that is killed may lose: from one checkpoint of a "
         f"running job to the next. (default: {defaults.checkpoint_interval_s:.0f})",
     )
+    group.add_argument(
+        "--finetuning-keys-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="TOML file of API keys (hashed), each with its organization, role and quotas; files, "
+        "jobs and adapters are then an organization's own, and every route with data needs a key. "
+        "Read again when it changes.",
+    )
+    group.add_argument(
+        "--finetuning-max-file-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        help="Largest file that is taken, such as 2G or 512Mi. "
+        f"(default: {defaults.max_file_bytes >> 20}Mi)",
+    )
+    group.add_argument(
+        "--finetuning-max-files",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"Uploaded files that are kept; one more is refused. (default: {defaults.max_files})",
+    )
+    group.add_argument(
+        "--finetuning-max-disk-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        help="Size of --finetuning-dir above which neither files nor jobs are taken, such as 200G. "
+        "(default: none; some free space is left on the disk in any case)",
+    )
+    group.add_argument(
+        "--finetuning-max-queued-jobs",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="Jobs that may wait for their start; one more is refused. "
+        f"(default: {defaults.max_queued_jobs})",
+    )
+    group.add_argument(
+        "--finetuning-max-examples",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"Examples that a file may have. (default: {defaults.max_examples})",
+    )
 
 
 def _target_ms(text: str) -> float | None:
@@ -139,10 +180,11 @@ def _target_ms(text: str) -> float | None:
 
 
 def _size(text: str) -> int:
-    """Bytes of ``2G``, ``512Mi``, ``1.5GiB``: decimal and binary units, as vLLM reads sizes."""
+    """Bytes of ``512M``, ``512Mi`` or ``512MiB`` (binary), ``512m`` (decimal): vLLM's notation, and
+    that of Kubernetes for the binary ones."""
     from vllm.engine.arg_utils import human_readable_int
 
-    return human_readable_int(text.removesuffix("B"))
+    return human_readable_int(text.removesuffix("B").removesuffix("i"))
 
 
 def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
@@ -167,9 +209,14 @@ def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
             "--finetuning-activation-cache-tokens and --finetuning-activation-cache-bytes say the "
             "same thing; give one of them"
         )
-    if "dir" in given:
-        given["dir"] = Path(given["dir"]).expanduser().absolute()
-    return FinetuningConfig(**given)
+    for name in given.keys() & {"dir", "keys_file"}:
+        given[name] = Path(given[name]).expanduser().absolute()
+    config = FinetuningConfig(**given)
+    if config.keys_file is not None:
+        from flexllm_vllm.api.keys import KeyFile
+
+        KeyFile(config.keys_file)  # what is wrong with it is said now, not when the engine is up
+    return config
 
 
 def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -> None:

@@ -42,6 +42,12 @@ class FinetuningConfig:
         ttft_slo_ms: target of the time to first token; half of it bounds iterations that hold no
             inference, since a request that arrives waits for their end. None: a multiple of the
             target of the others.
+        keys_file: the keys of the tenants (``api/keys.py``); None: there is one tenant.
+        max_file_bytes: size of an uploaded file.
+        max_files: uploaded files, together with uploads that are not complete.
+        max_disk_bytes: size of ``dir``; None: as much as the disk holds, less a reserve.
+        max_queued_jobs: jobs that wait for their start.
+        max_examples: examples in a file.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -56,6 +62,12 @@ class FinetuningConfig:
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
     checkpoint_interval_s: float = 60.0
+    keys_file: Path | None = None
+    max_file_bytes: int = 512 << 20
+    max_files: int = 10_000
+    max_disk_bytes: int | None = None
+    max_queued_jobs: int = 100
+    max_examples: int = 1_000_000
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.
@@ -69,6 +81,11 @@ class FinetuningConfig:
             ("--finetuning-max-tokens", self.max_tokens, 16),
             ("--finetuning-activation-cache-tokens", self.activation_cache_tokens, 64),
             ("--finetuning-activation-cache-bytes", self.activation_cache_bytes, 1 << 20),
+            ("--finetuning-max-file-bytes", self.max_file_bytes, 1),
+            ("--finetuning-max-files", self.max_files, 1),
+            ("--finetuning-max-disk-bytes", self.max_disk_bytes, 1 << 20),
+            ("--finetuning-max-queued-jobs", self.max_queued_jobs, 1),
+            ("--finetuning-max-examples", self.max_examples, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{flag} is {value}, must be at least {least}")
@@ -100,11 +117,14 @@ class FinetuningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**asdict(self), "dir": str(self.dir)}
+        keys_file = None if self.keys_file is None else str(self.keys_file)
+        return {**asdict(self), "dir": str(self.dir), "keys_file": keys_file}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FinetuningConfig":
-        return cls(**{**values, "dir": Path(values["dir"])})
+        keys_file = values.get("keys_file")
+        paths = {"dir": Path(values["dir"]), "keys_file": keys_file and Path(keys_file)}
+        return cls(**{**values, **paths})
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "FinetuningConfig | None":

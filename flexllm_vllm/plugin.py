@@ -9,7 +9,8 @@ are found by their names in the engine's configuration, and apply the patches th
 def register() -> None:
     """Installs the flags and the hook for the routes. May be called more than once."""
     from flexllm_vllm import cli
-    from flexllm_vllm.patches import endpoint_plugins
+    from flexllm_vllm.patches import access, endpoint_plugins
 
     cli.install()
     endpoint_plugins.apply()
+    access.apply()

@@ -80,6 +80,19 @@ def test_values_come_from_a_yaml_file(parser: FlexibleArgumentParser, tmp_path: 
     assert (config.max_jobs, config.dir, config.tpot_slo_ms) == (3, tmp_path, 80.5)
 
 
+def test_limits_are_sizes_and_numbers(parser: FlexibleArgumentParser) -> None:
+    args = engine_args(
+        parser, "--enable-finetuning", "--finetuning-max-file-bytes", "2Gi",
+        "--finetuning-max-disk-bytes", "200g", "--finetuning-max-files", "7",
+        "--finetuning-max-queued-jobs", "8", "--finetuning-max-examples", "9",
+    )  # fmt: skip
+    config = FinetuningConfig.from_dict(args.additional_config[KEY])
+    assert (config.max_file_bytes, config.max_disk_bytes) == (2 << 30, 200 * 10**9)
+    assert (config.max_files, config.max_queued_jobs, config.max_examples) == (7, 8, 9)
+    assert FinetuningConfig().max_file_bytes == 512 << 20
+    assert FinetuningConfig().max_disk_bytes is None
+
+
 def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
     args = engine_args(
         parser, "--enable-finetuning", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "128"
@@ -95,6 +108,11 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--finetuning-max-lora-rank", "17"], "--finetuning-max-lora-rank"),
         (["--finetuning-activation-cache-tokens", "1"], "--finetuning-activation-cache-tokens"),
         (["--finetuning-tpot-slo-ms", "-1"], "--finetuning-tpot-slo-ms"),
+        (["--finetuning-max-file-bytes", "0"], "--finetuning-max-file-bytes"),
+        (["--finetuning-max-files", "0"], "--finetuning-max-files"),
+        (["--finetuning-max-disk-bytes", "1K"], "--finetuning-max-disk-bytes"),
+        (["--finetuning-max-queued-jobs", "0"], "--finetuning-max-queued-jobs"),
+        (["--finetuning-max-examples", "0"], "--finetuning-max-examples"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         (["--data-parallel-size", "2"], "--data-parallel-size"),

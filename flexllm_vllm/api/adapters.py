@@ -2,7 +2,8 @@
 
 vLLM finds an adapter by name in ``OpenAIServingModels.lora_requests``, a dictionary of one API
 process. Here that dictionary follows the store, so that every API process serves a finished adapter
-at once, under the integer id that the store has issued.
+at once, under the integer id that the store has issued. On a server with tenants it holds, for the
+task of a request, the adapters of the request's organization only.
 """
 
 from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
@@ -10,6 +11,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from flexllm_vllm.api.tenants import current_organization
 from flexllm_vllm.jobs.store import JobStore
 
 PREFIX = "ft:"
@@ -34,6 +36,7 @@ class ServedAdapters(dict[str, LoRARequest]):
         self._base_models = frozenset(base_models)
         self._version: tuple[int, int] | None = None
         self._created: dict[str, int] = {}
+        self._owners: dict[object, str] = {}
 
     def created(self, name: str) -> int | None:
         """Unix time at which an adapter of the store was finished."""
@@ -42,11 +45,11 @@ class ServedAdapters(dict[str, LoRARequest]):
     def __contains__(self, name: object) -> bool:
         if isinstance(name, str) and name.startswith(PREFIX):
             self._refresh()
-        return super().__contains__(name)
+        return super().__contains__(name) and self._may_be_seen(name)
 
     def __getitem__(self, name: str) -> LoRARequest:
-        if name.startswith(PREFIX):
-            self._refresh()
+        if name not in self:
+            raise KeyError(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -57,27 +60,31 @@ class ServedAdapters(dict[str, LoRARequest]):
             return default
 
     def __iter__(self) -> Iterator[str]:
-        self._refresh()
-        return super().__iter__()
+        return iter(self._seen())
 
     def __len__(self) -> int:
-        self._refresh()
-        return super().__len__()
+        return len(self._seen())
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
-        """As ``dict.keys``."""
-        self._refresh()
-        return super().keys()
+        """As ``dict.keys``, of this moment; so are the two below."""
+        return self._seen().keys()
 
     def values(self) -> ValuesView[LoRARequest]:  # type: ignore[override]
         """As ``dict.values``."""
-        self._refresh()
-        return super().values()
+        return self._seen().values()
 
     def items(self) -> ItemsView[str, LoRARequest]:  # type: ignore[override]
         """As ``dict.items``."""
+        return self._seen().items()
+
+    def _may_be_seen(self, name: object) -> bool:
+        """vLLM looks names up within the task of the request, and so does what it starts there."""
+        asking = current_organization.get()
+        return asking is None or self._owners.get(name, asking) == asking
+
+    def _seen(self) -> dict[str, LoRARequest]:
         self._refresh()
-        return super().items()
+        return {name: lora for name, lora in super().items() if self._may_be_seen(name)}
 
     def _refresh(self) -> None:
         version = self._store.adapters_version()
@@ -92,6 +99,8 @@ class ServedAdapters(dict[str, LoRARequest]):
             self.pop(name, None)
         for name, adapter in adapters.items():
             if name not in self._created:
+                # An owner first: another thread may look the name up.
+                self._owners[name] = adapter.organization_id
                 self[name] = LoRARequest(
                     lora_name=name,
                     lora_int_id=adapter.int_id,
@@ -99,6 +108,7 @@ class ServedAdapters(dict[str, LoRARequest]):
                     base_model_name=adapter.base_model,
                 )
         self._created = {name: adapter.created_at for name, adapter in adapters.items()}
+        self._owners = {name: adapter.organization_id for name, adapter in adapters.items()}
         self._version = version
 
 

@@ -4,7 +4,8 @@ vLLM installs its exception handlers on the whole application, in a form of its 
 :class:`OpenAIRoute` turn every exception into a response themselves and leave the others alone.
 """
 
-from collections.abc import Callable, Coroutine
+import errno
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
@@ -19,8 +20,17 @@ from flexllm_vllm.jobs.errors import (
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
+    IdempotencyConflictError,
+    IdempotencyPendingError,
+    InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
+    QuotaExceededError,
+    TooManyFilesError,
+    TooManyQueuedJobsError,
+    UploadMismatchError,
+    UploadNotFoundError,
+    UploadStateError,
 )
 from flexllm_vllm.log import get_logger
 
@@ -34,27 +44,53 @@ class ApiError(Exception):
         status: HTTP status code.
         param: the parameter that is wrong, as a path into the request, or None.
         code: machine-readable reason, or None.
+        type: OpenAI's class of errors; None: the usual one of the status.
+        retry_after: seconds after which a refusal is worth another try; None: it lasts.
+        headers: further headers of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        *,
+        type: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _text(message)
+        self.param = None if param is None else _text(param)
         self.code = code
+        self.type = type or ("invalid_request_error" if status < 500 else "server_error")
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
         super().__init__(message)
 
     def response(self) -> JSONResponse:
         """``{"error": {"message", "type", "param", "code"}}``."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {
             "message": self.message,
-            "type": kind,
+            "type": self.type,
             "param": self.param,
             "code": self.code,
         }
-        return JSONResponse({"error": error}, status_code=self.status)
+        return JSONResponse({"error": error}, status_code=self.status, headers=self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        """The stock client repeats every 409, 429 and 5xx, whole uploads too, unless it is told."""
+        if self.retry_after is not None:
+            return {**self.headers, "Retry-After": str(self.retry_after)}
+        if self.status in (409, 413, 429, 507):
+            return {**self.headers, "x-should-retry": "false"}
+        return self.headers
+
+
+def _text(text: str) -> str:
+    """What can be written as UTF-8: a message may quote a string of the user's that cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -99,6 +135,32 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(409, str(error), "file_id", "file_in_use")
         case JobStateError():
             return invalid(str(error), None, "invalid_job_state")
+        case IdempotencyConflictError():
+            return ApiError(409, str(error), "Idempotency-Key", "idempotency_key_in_use")
+        case IdempotencyPendingError():
+            return ApiError(
+                409, str(error), "Idempotency-Key", "idempotency_key_pending", retry_after=1
+            )
+        case QuotaExceededError():
+            kind = "insufficient_quota"
+            return ApiError(429, str(error), None, kind, type=kind)
+        case UnicodeEncodeError():
+            return invalid("A string holds half of a surrogate pair, which is no character")
+        case UploadNotFoundError():
+            return ApiError(404, str(error), "upload_id")
+        case UploadStateError():
+            return invalid(str(error), "upload_id", "invalid_upload_state")
+        case UploadMismatchError():
+            return invalid(str(error), error.param, "invalid_upload")
+        case TooManyFilesError():
+            return ApiError(429, str(error), None, "too_many_files")
+        case TooManyQueuedJobsError():
+            return ApiError(429, str(error), None, "too_many_queued_jobs", retry_after=30)
+        case InsufficientStorageError():
+            return ApiError(507, str(error), None, "insufficient_storage")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            message = "The disk of this server is full"
+            return ApiError(507, message, None, "insufficient_storage")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case _:

@@ -5,18 +5,21 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
-from starlette.datastructures import UploadFile
 
 from flexllm_vllm.api.dependencies import Service
-from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
+from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.idempotency import IdempotencyKey
+from flexllm_vllm.api.multipart import announced_bytes, read_form
 from flexllm_vllm.api.responses import file_object, page
-from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.schemas import ERRORS, FileDeleted, FileObject, FilePage, answers
 from flexllm_vllm.api.tenants import CurrentTenant
+from flexllm_vllm.api.upload_requests import FORM_FIELDS, file_request
+from flexllm_vllm.api.workers import run_long
 
-router = APIRouter(prefix="/v1/files", route_class=OpenAIRoute, tags=["finetuning"])
+router = APIRouter(
+    prefix="/v1/files", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
 
-# What the multipart form adds to the file itself.
-_FORM_BYTES = 64 * 1024
 _FORM = {
     "requestBody": {
         "required": True,
@@ -25,9 +28,16 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": ["fine-tune"]},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": 3600,
+                            "maximum": 2_592_000,
+                        },
                     },
                 }
             }
@@ -35,28 +45,33 @@ _FORM = {
     }
 }
 
+_CONTENT: dict[int | str, Any] = {
+    200: {
+        "description": "The content of the file.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
-@router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
+
+@router.post("", openapi_extra=_FORM, responses=answers(FileObject))
+async def create_file(
+    request: Request,
+    service: Service,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
     """Upload a training file; every line is checked."""
-    # The form is read here and not by FastAPI, so that the size is known before the body is read.
-    _check_size(service, int(request.headers.get("content-length") or 0) - _FORM_BYTES)
-    async with request.form(max_files=1, max_fields=8) as form:
-        for name in form:
-            if name not in ("file", "purpose"):
-                raise invalid(f"Unrecognized request argument supplied: {name}", name)
-        file, purpose = form.get("file"), form.get("purpose")
-        if not isinstance(file, UploadFile):
-            raise invalid("Missing required parameter: you must upload a 'file'", "file")
-        if not isinstance(purpose, str):
-            raise invalid("Missing required parameter: 'purpose'", "purpose")
-        _check_size(service, file.size or 0)
-        filename = file.filename or "upload.jsonl"
-        stored = await asyncio.to_thread(service.upload, file.file, filename, purpose, tenant)
-    return file_object(stored)
+    files, key = service.files, idempotency_key
+    content = await asyncio.to_thread(files.begin_file, announced_bytes(request), tenant, key)
+    try:
+        form = await read_form(request, "file", FORM_FIELDS, content.write)
+        wanted = file_request(form.filename, form.fields)
+        return file_object(await run_long(files.create_file, content, wanted, tenant, key))
+    finally:
+        await content.aclose()
 
 
-@router.get("")
+@router.get("", responses=answers(FilePage))
 async def list_files(
     service: Service,
     tenant: CurrentTenant,
@@ -65,14 +80,14 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    """Uploaded files."""
+    """Uploaded files, and the results of jobs."""
     files, has_more = await asyncio.to_thread(
         service.store.files.page, after, limit, order, purpose, tenant.organization_id
     )
     return page([file_object(file) for file in files], has_more)
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=answers(FileObject))
 async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One file, without its content."""
     return file_object(
@@ -80,21 +95,16 @@ async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dic
     )
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get("/{file_id}/content", response_class=FileResponse, responses=_CONTENT)
 async def get_file_content(file_id: str, service: Service, tenant: CurrentTenant) -> FileResponse:
     """The file as it was uploaded."""
+    file = await asyncio.to_thread(service.store.files.get, file_id, tenant.organization_id)
     path = await asyncio.to_thread(service.store.files.path, file_id, tenant.organization_id)
-    return FileResponse(path, media_type="application/octet-stream")
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=answers(FileDeleted))
 async def delete_file(file_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Delete a file that no unfinished job needs."""
     await asyncio.to_thread(service.store.files.delete, file_id, tenant.organization_id)
     return {"id": file_id, "object": "file", "deleted": True}
-
-
-def _check_size(service: FinetuningService, size: int) -> None:
-    if size > service.max_file_bytes:
-        limit = service.max_file_bytes
-        raise ApiError(413, f"The file is above the limit of {limit} bytes", "file", "too_large")

@@ -3,26 +3,41 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 
 from flexllm_vllm.api.dependencies import Service
-from flexllm_vllm.api.errors import OpenAIRoute, invalid
+from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.event_stream import stream_events
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, LegacyJobCreateRequest
 from flexllm_vllm.api.responses import legacy_event_object, legacy_job_object
+from flexllm_vllm.api.schemas import (
+    ERRORS,
+    FineTune,
+    FineTuneEventList,
+    FineTuneList,
+    answers,
+    answers_or_streams,
+)
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import CurrentTenant, Tenant
 from flexllm_vllm.jobs.errors import FileNotStoredError
 from flexllm_vllm.jobs.types import FinetuningJob, JobEvent, StoredFile
 
-router = APIRouter(prefix="/v1/fine_tunes", route_class=OpenAIRoute, tags=["finetuning"])
+router = APIRouter(
+    prefix="/v1/fine_tunes", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
 
 # The old API has no pages.
 _ALL = 1_000_000
 
 
-@router.post("")
+@router.post("", responses=answers(FineTune))
 async def create_fine_tune(
-    body: LegacyJobCreateRequest, service: Service, tenant: CurrentTenant
+    body: LegacyJobCreateRequest,
+    service: Service,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Queue a job."""
     request = JobCreateRequest(
@@ -35,39 +50,41 @@ async def create_fine_tune(
             learning_rate_multiplier=body.learning_rate_multiplier,
         ),
     )
-    job = await asyncio.to_thread(service.create_job, request, tenant)
+    job = await asyncio.to_thread(service.create_job, request, tenant, idempotency_key)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.get("")
+@router.get("", responses=answers(FineTuneList))
 async def list_fine_tunes(service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """All jobs, oldest first."""
     return {"object": "list", "data": await asyncio.to_thread(_all, service, tenant)}
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", responses=answers(FineTune))
 async def get_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One job with its events."""
     job = await asyncio.to_thread(service.store.get_job, job_id, tenant.organization_id)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", responses=answers(FineTune))
 async def cancel_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Cancel: a queued job at once, a running one at its next step."""
     job = await asyncio.to_thread(service.store.request_cancel, job_id, tenant.organization_id)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.get("/{job_id}/events")
+@router.get(
+    "/{job_id}/events",
+    response_model=None,
+    responses=answers_or_streams(FineTuneEventList),
+)
 async def list_fine_tune_events(
-    job_id: str, service: Service, tenant: CurrentTenant, stream: bool = False
-) -> dict[str, Any]:
-    """Events of a job, oldest first."""
+    request: Request, job_id: str, service: Service, tenant: CurrentTenant, stream: bool = False
+) -> dict[str, Any] | Response:
+    """Events of a job, oldest first. ``stream=true``: as server-sent events, also those to come."""
     if stream:
-        raise invalid(
-            "Streaming events is not supported yet; ask again from time to time", "stream"
-        )
+        return await stream_events(request, service, job_id, tenant, legacy_event_object)
     events = await asyncio.to_thread(_events, service, job_id, tenant)
     return {"object": "list", "data": [legacy_event_object(event) for event in events]}
 

@@ -6,11 +6,14 @@ from fastapi import APIRouter, Query
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.schemas import ERRORS, FinetuningIterations, answers
 
-router = APIRouter(prefix="/v1/finetuning", route_class=OpenAIRoute, tags=["finetuning"])
+router = APIRouter(
+    prefix="/v1/finetuning", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
 
 
-@router.get("/iterations")
+@router.get("/iterations", responses=answers(FinetuningIterations))
 async def list_iterations(
     service: Service, last: Annotated[int, Query(ge=1, le=10_000)] = 100
 ) -> dict[str, Any]:

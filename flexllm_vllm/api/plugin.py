@@ -5,16 +5,19 @@ import copy
 from argparse import Namespace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
+from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations, unsupported, uploads
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
+from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.unmatched import attach_unmatched
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
 from flexllm_vllm.jobs.database import Database
@@ -24,10 +27,15 @@ from flexllm_vllm.log import get_logger
 logger = get_logger(__name__)
 
 
+# For /openapi.json alone: keys are checked before a request comes to a route (access.py).
+_BEARER = HTTPBearer(auto_error=False, description="A key of --api-key or of the keys file.")
+
+
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
-    for module in (files, fine_tuning, fine_tunes, iterations):
-        app.include_router(module.router)
+    for module in (files, uploads, fine_tuning, fine_tunes, iterations, unsupported):
+        app.include_router(module.router, dependencies=[Security(_BEARER)])
+    attach_unmatched(app)
 
 
 class FinetuningEndpointPlugin:
@@ -53,6 +61,7 @@ class FinetuningEndpointPlugin:
             return
         models = state.openai_serving_models
         store = await asyncio.to_thread(JobStore, config.dir)
+        await asyncio.to_thread(store.clean_up)
         adapters = serve_adapters(models, store)
         model_length = vllm_config.model_config.max_model_len
         state.finetuning = FinetuningService(
@@ -64,6 +73,7 @@ class FinetuningEndpointPlugin:
             fetch_iterations=_iterations_of(engine_client),
             find_adapter=_paths_of(adapters),
             num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
+            limits=Limits.from_config(config),
         )
         if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
             state.finetuning_metrics = await asyncio.to_thread(

@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     PlainValidator,
     field_validator,
+    model_validator,
 )
 
 from flexllm_vllm.jobs.names import check_suffix
@@ -57,16 +58,43 @@ def _no_validation_file(value: Any) -> Any:
     return None
 
 
-AutoInt = Annotated[int | Literal["auto"] | None, PlainValidator(_auto_int)]
-AutoFloat = Annotated[float | Literal["auto"] | None, PlainValidator(_auto_float)]
+_AutoIntSchema = Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] | None
+_AutoFloatSchema = Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] | None
+AutoInt = Annotated[
+    int | Literal["auto"] | None, PlainValidator(_auto_int, json_schema_input_type=_AutoIntSchema)
+]
+AutoFloat = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_auto_float, json_schema_input_type=_AutoFloatSchema),
+]
 Suffix = Annotated[str | None, AfterValidator(_safe_suffix)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _is_text(value: Any) -> bool:
+    """Whether all strings below a JSON value can be written as UTF-8; JSON's escapes can make ones
+    that cannot, and what is stored has to be shown again."""
+    match value:
+        case str():
+            return not any("\ud800" <= character <= "\udfff" for character in value)
+        case dict():
+            return all(_is_text(part) for pair in value.items() for part in pair)
+        case list():
+            return all(_is_text(part) for part in value)
+    return True
+
+
 class _Request(BaseModel):
-    """Types are taken as they are (no "3" for 3) and unknown fields are refused."""
+    """Types are taken as they are (no "3" for 3), unknown fields are refused, text is Unicode."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if not _is_text(value):
+            raise ValueError("a string holds half of a surrogate pair, which is no character")
+        return value
 
 
 class Hyperparameters(_Request):

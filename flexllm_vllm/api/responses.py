@@ -3,7 +3,15 @@
 import time
 from typing import Any
 
-from flexllm_vllm.jobs.types import Checkpoint, FinetuningJob, JobEvent, JobStatus, StoredFile
+from flexllm_vllm.jobs.types import (
+    Checkpoint,
+    FinetuningJob,
+    JobEvent,
+    JobStatus,
+    StoredFile,
+    Upload,
+    UploadPart,
+)
 
 
 def page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
@@ -29,6 +37,32 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "status_details": None,
+    }
+
+
+def upload_object(upload: Upload, file: StoredFile | None = None) -> dict[str, Any]:
+    """``openai.types.Upload``; ``file`` is what it has become."""
+    became = {} if file is None else {"file": file_object(file)}
+    return {
+        "id": upload.id,
+        "object": "upload",
+        "bytes": upload.bytes,
+        "created_at": upload.created_at,
+        "expires_at": upload.expires_at,
+        "filename": upload.filename,
+        "purpose": upload.purpose,
+        "status": upload.status.value,
+        **became,
+    }
+
+
+def upload_part_object(part: UploadPart) -> dict[str, Any]:
+    """``openai.types.uploads.UploadPart``."""
+    return {
+        "id": part.id,
+        "object": "upload.part",
+        "created_at": part.created_at,
+        "upload_id": part.upload_id,
     }
 
 

@@ -1,25 +1,29 @@
 """What the routes do, without HTTP: the rules of the service over store and tokenizer."""
 
+import json
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flexllm_vllm.api.errors import ApiError, invalid
+from flexllm_vllm.api.file_service import FileService
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
+from flexllm_vllm.api.idempotency import create_once
+from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
 from flexllm_vllm.api.tenants import LOCAL, Tenant
-from flexllm_vllm.data.errors import DataError
+from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.order import num_steps
-from flexllm_vllm.data.records import check_file
 from flexllm_vllm.data.tokenize import (
     ExampleTokenizer,
     TokenizationReport,
     tokenize_file,
 )
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
@@ -27,7 +31,7 @@ from flexllm_vllm.jobs.types import (
     FinetuningJob,
     NewEvent,
     NewJob,
-    StoredFile,
+    TrainingSpec,
 )
 from flexllm_vllm.log import get_logger
 
@@ -49,7 +53,7 @@ class FinetuningService:
         find_adapter: folder of an adapter that the server knows by this name, or None.
         fetch_iterations: the engine's records of its last iterations.
         num_layers: decoder layers of the base model.
-        max_file_bytes: size limit of an upload.
+        limits: how much this server takes in.
     """
 
     store: JobStore
@@ -61,7 +65,7 @@ class FinetuningService:
     find_adapter: Callable[[str], str | None]
     num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
-    max_file_bytes: int = 512 * 1024 * 1024
+    limits: Limits = field(default_factory=Limits)
     # Fast tokenizers refuse two threads at once ("Already borrowed").
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -69,36 +73,46 @@ class FinetuningService:
     def _tokenizer(self) -> ExampleTokenizer:
         return self.load_tokenizer()
 
-    def upload(
-        self, source: BinaryIO, filename: str, purpose: str, tenant: Tenant = LOCAL
-    ) -> StoredFile:
-        """Check every line of a training file and keep it.
+    @cached_property
+    def watch(self) -> StoreWatch:
+        """Tells the coroutines of this process that the store has changed."""
+        return StoreWatch(self.store)
 
-        Raises:
-            ApiError: another purpose, or a line that is no example (named).
-        """
-        if purpose != "fine-tune":
-            message = f"'{purpose[:40]}' is not one of ['fine-tune'], the purpose of files here"
-            raise invalid(message, "purpose")
-        try:
-            return self.store.files.create(
-                source,
-                filename,
-                purpose,
-                check=check_file,
-                organization_id=tenant.organization_id,
-            )
-        except DataError as error:
-            message = f"Invalid file format. {_sentence(error)}"
-            raise invalid(message, "file", "invalid_file") from None
+    @property
+    def files(self) -> FileService:
+        """The rules of files and uploads."""
+        return FileService(self.store, self.limits)
 
-    def create_job(self, request: JobCreateRequest, tenant: Tenant = LOCAL) -> FinetuningJob:
-        """Tokenize the training file and queue a job.
+    def create_job(
+        self,
+        request: JobCreateRequest,
+        tenant: Tenant = LOCAL,
+        idempotency_key: str | None = None,
+    ) -> FinetuningJob:
+        """Tokenize the training file and queue a job, once for each idempotency key.
 
         Raises:
             ApiError, DataError, LookupError: whatever is wrong with the request or its data.
         """
-        self._check_model(request.model)
+
+        def fingerprint() -> bytes:
+            given = request.model_dump(mode="json", exclude_unset=True)
+            return json.dumps(given, sort_keys=True).encode()
+
+        return create_once(
+            self.store,
+            tenant,
+            "jobs",
+            idempotency_key,
+            fingerprint,
+            lambda claim: self._create_job(request, tenant, claim),
+            lambda job_id: self.store.get_job(job_id, tenant.organization_id),
+        )
+
+    def _create_job(
+        self, request: JobCreateRequest, tenant: Tenant, claim: IdempotencyClaim | None
+    ) -> FinetuningJob:
+        self._check_model(request.model, tenant)
         wanted, where = _hyperparameters(request)
         lora_request = (
             request.method and request.method.supervised and request.method.supervised.lora
@@ -111,6 +125,7 @@ class FinetuningService:
             self.find_adapter,
         )
         path = self._training_file(request.training_file, tenant)
+        self.files.check_job(path)
         max_seq_length = wanted.max_seq_length or self.max_seq_length
         if max_seq_length > self.max_seq_length:
             raise invalid(
@@ -124,6 +139,7 @@ class FinetuningService:
             training = resolve_training(
                 wanted, request.seed, report.num_examples, max_seq_length, where
             )
+            training = _within_weight(training, wanted, tenant, where)
             return self.store.create_job(
                 NewJob(
                     id=job_id,
@@ -146,7 +162,10 @@ class FinetuningService:
                     organization_id=tenant.organization_id,
                     metadata=request.metadata,
                     events=_first_events(job_id, request.training_file, report, max_seq_length),
-                )
+                ),
+                tenant.quotas,
+                claim,
+                max_queued=self.limits.max_queued_jobs,
             )
         except BaseException:
             self.store.discard_new_job(job_id)
@@ -164,10 +183,10 @@ class FinetuningService:
             logger.exception("the engine did not report its iterations")
             raise ApiError(503, "The engine did not report its iterations.") from error
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, model: str, tenant: Tenant) -> None:
         if model in self.base_models:
             return
-        if self.store.adapters.get(model) is not None:
+        if self.store.adapters.get(model, tenant.organization_id) is not None:
             raise invalid(
                 f"The model '{model}' is an adapter: to go on training it, name the base model "
                 f"'{self.base_models[0]}' here and the adapter as method.supervised.lora.init_from",
@@ -207,6 +226,22 @@ def _hyperparameters(request: JobCreateRequest) -> tuple[Hyperparameters, str]:
     return Hyperparameters(), "hyperparameters"
 
 
+def _within_weight(
+    training: TrainingSpec, wanted: Hyperparameters, tenant: Tenant, where: str
+) -> TrainingSpec:
+    """The share of the machine that the tenant's quota allows."""
+    most = tenant.quotas.max_scheduling_weight
+    if most is None or training.scheduling_weight <= most:
+        return training
+    if wanted.scheduling_weight is not None:
+        raise invalid(
+            f"scheduling_weight {wanted.scheduling_weight} is above your organization's quota "
+            f"max_scheduling_weight of {most}",
+            f"{where}.scheduling_weight",
+        )
+    return replace(training, scheduling_weight=most)
+
+
 def _first_events(
     job_id: str, file_id: str, report: TokenizationReport, max_seq_length: int
 ) -> tuple[NewEvent, ...]:
@@ -226,8 +261,3 @@ def _first_events(
         f"{report.num_loss_tokens} of them to learn; the job is queued"
     )
     return (*events, NewEvent(message))
-
-
-def _sentence(error: DataError) -> str:
-    text = str(error)
-    return text[0].upper() + text[1:]

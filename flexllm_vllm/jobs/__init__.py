@@ -5,10 +5,18 @@ from flexllm_vllm.jobs.errors import (
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
+    InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
+    QuotaExceededError,
     StoreVersionError,
+    TooManyFilesError,
+    TooManyQueuedJobsError,
+    UploadMismatchError,
+    UploadNotFoundError,
+    UploadStateError,
 )
+from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
@@ -23,6 +31,9 @@ from flexllm_vllm.jobs.types import (
     ServedAdapter,
     StoredFile,
     TrainingSpec,
+    Upload,
+    UploadPart,
+    UploadStatus,
 )
 
 __all__ = [
@@ -33,6 +44,7 @@ __all__ = [
     "FileInUseError",
     "FileNotStoredError",
     "FinetuningJob",
+    "InsufficientStorageError",
     "JobError",
     "JobEvent",
     "JobNotFoundError",
@@ -42,8 +54,18 @@ __all__ = [
     "LoraSpec",
     "NewEvent",
     "NewJob",
+    "QuotaExceededError",
+    "Quotas",
     "ServedAdapter",
     "StoreVersionError",
     "StoredFile",
+    "TooManyFilesError",
+    "TooManyQueuedJobsError",
     "TrainingSpec",
+    "Upload",
+    "UploadMismatchError",
+    "UploadNotFoundError",
+    "UploadPart",
+    "UploadStateError",
+    "UploadStatus",
 ]

@@ -53,5 +53,85 @@ class JobStateError(RuntimeError):
         super().__init__(f"Job {job_id} has status '{status}': it cannot be {wanted}")
 
 
+class QuotaExceededError(RuntimeError):
+    """The organization has what it may have."""
+
+    def __init__(self, quota: str, limit: int, advice: str) -> None:
+        self.quota = quota
+        self.limit = limit
+        super().__init__(f"Your organization has a quota {quota} of {limit}: {advice}")
+
+
+class IdempotencyConflictError(RuntimeError):
+    """The key was used for another request."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"The Idempotency-Key '{key[:80]}' was used for another request within the last 24 "
+            "hours; use a new one for each object that you create"
+        )
+
+
+class IdempotencyPendingError(RuntimeError):
+    """A request with this key is being served."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"A request with the Idempotency-Key '{key[:80]}' is still being served; try again"
+        )
+
+
+class UploadNotFoundError(LookupError):
+    """No upload of this id."""
+
+    def __init__(self, upload_id: str) -> None:
+        self.upload_id = upload_id
+        super().__init__(f"No such Upload object: {upload_id}")
+
+
+class UploadStateError(RuntimeError):
+    """The upload has ended."""
+
+    def __init__(self, upload_id: str, status: str, wanted: str) -> None:
+        self.upload_id = upload_id
+        self.status = status
+        super().__init__(f"Upload {upload_id} has status '{status}': {wanted}")
+
+
+class UploadMismatchError(ValueError):
+    """The parts of an upload do not make the file that was announced.
+
+    Attributes:
+        param: the field of the request that does not fit.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class TooManyFilesError(RuntimeError):
+    """The server holds as many files as it may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"This server holds as many files as it may, {limit} (uploads that are not complete "
+            "count): delete files that are not needed any more"
+        )
+
+
+class TooManyQueuedJobsError(RuntimeError):
+    """As many jobs wait as may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The queue of this server is full (limit: {limit}): try again when a job has started"
+        )
+
+
+class InsufficientStorageError(RuntimeError):
+    """The disk, or what may be used of it, is full."""
+
+
 class StoreVersionError(RuntimeError):
     """The store on disk was written by another version of this package."""

@@ -9,11 +9,32 @@ _ALPHABET = string.ascii_letters + string.digits
 _MODEL_ID_LENGTH = 8
 SUFFIX_MAX_LENGTH = 64
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FILENAME_MAX_LENGTH = 255
+# Control characters, what ends a line or turns the writing direction, halves of surrogate pairs.
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def new_id(prefix: str) -> str:
+def new_id(prefix: str, separator: str = "-") -> str:
     """A random id such as ``file-b3TqXk...`` (24 letters and digits)."""
-    return f"{prefix}-{''.join(secrets.choice(_ALPHABET) for _ in range(24))}"
+    return f"{prefix}{separator}{''.join(secrets.choice(_ALPHABET) for _ in range(24))}"
+
+
+def display_name(filename: str) -> str:
+    """The name under which an uploaded file is shown: what was given, without its folder.
+
+    It is never a path here: content is stored under its id.
+
+    Raises:
+        ValueError: it is longer than 255 characters, empty, or cannot be shown.
+    """
+    name = re.split(r"[/\\]", filename)[-1]
+    if len(name) > FILENAME_MAX_LENGTH:
+        raise ValueError(f"must be at most {FILENAME_MAX_LENGTH} characters, got {len(name)}")
+    if _NOT_SHOWN.search(name):
+        raise ValueError("must not hold control characters")
+    if name.strip() in ("", ".", ".."):
+        raise ValueError("must name a file")
+    return name
 
 
 def check_suffix(suffix: str) -> None:

@@ -6,6 +6,7 @@ cannot say so itself.
 """
 
 import fcntl
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -20,13 +21,16 @@ class EngineOwner:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self.id = new_id("engine")
         self._file: IO[bytes] | None = None
+        self._holding = threading.Lock()
 
     def hold(self) -> str:
         """Take the lock, once; returns the id."""
-        if self._file is None:
-            self._file = (self._folder / self.id).open("wb")
-            # A POSIX record lock, not flock: forked children must not keep it alive.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with self._holding:
+            if self._file is None:
+                file = (self._folder / self.id).open("wb")
+                # A POSIX record lock, not flock: forked children must not keep it alive.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file = file
         return self.id
 
     def is_alive(self, owner: str | None) -> bool:

@@ -23,6 +23,8 @@ from flexllm_vllm.jobs.types import (
     ServedAdapter,
     StoredFile,
     TrainingSpec,
+    Upload,
+    UploadStatus,
 )
 
 
@@ -139,6 +141,27 @@ def file_from_row(row: Row[Any]) -> StoredFile:
         purpose=value["purpose"],
         created_at=value["created_at"],
         expires_at=value["expires_at"],
+        organization_id=value["organization_id"],
+    )
+
+
+def upload_from_row(row: Row[Any]) -> Upload:
+    """The upload of a row of ``uploads``; one whose time is over is expired."""
+    value = row._mapping
+    status = UploadStatus(value["status"])
+    if status is UploadStatus.PENDING and value["expires_at"] <= now():
+        status = UploadStatus.EXPIRED
+    return Upload(
+        id=value["id"],
+        filename=value["filename"],
+        bytes=value["bytes"],
+        purpose=value["purpose"],
+        mime_type=value["mime_type"],
+        status=status,
+        created_at=value["created_at"],
+        expires_at=value["expires_at"],
+        file_id=value["file_id"],
+        file_expires_after_s=value["file_expires_after_s"],
         organization_id=value["organization_id"],
     )
 

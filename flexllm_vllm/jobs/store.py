@@ -4,8 +4,9 @@ Layout below ``root``, readable by its owner alone::
 
     store.db                  jobs, events, files, adapters (schema.py)
     files/<file id>           what was uploaded
+    uploads/<part id>         parts of uploads that are not complete
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
-    engines/<engine id>       locks of living engines (owner.py)
+    engines/<engine id>       locks of living engines and API processes (owner.py)
 
 Everything may be called from any thread. Each process opens a store of its own.
 """
@@ -18,16 +19,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Row, String, Table, cast, func, insert, select
+from sqlalchemy import Connection, Row, String, Table, cast, func, insert, select
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
-from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
+from flexllm_vllm.jobs.errors import (
+    CursorNotFoundError,
+    FileNotStoredError,
+    JobStateError,
+    TooManyQueuedJobsError,
+)
 from flexllm_vllm.jobs.files import FileStore
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim, IdempotencyKeys, complete_claim
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
+from flexllm_vllm.jobs.quotas import Quotas, check_job_quotas
 from flexllm_vllm.jobs.rows import (
     checkpoint_from_row,
     event_from_row,
@@ -45,6 +53,10 @@ from flexllm_vllm.jobs.types import (
     NewEvent,
     NewJob,
 )
+from flexllm_vllm.jobs.uploads import UploadStore
+from flexllm_vllm.log import get_logger
+
+logger = get_logger(__name__)
 
 
 class JobStore(JobQueue):
@@ -65,7 +77,9 @@ class JobStore(JobQueue):
         jobs_folder.mkdir(mode=0o700, exist_ok=True)
         database = Database(root / "store.db")
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
+        self.idempotency = IdempotencyKeys(database, self._owner)
         self.files = FileStore(database, root / "files")
+        self.uploads = UploadStore(database, root / "uploads", self.files)
         self.adapters = AdapterStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
@@ -83,13 +97,25 @@ class JobStore(JobQueue):
         """Remove the folder of a job that was never created."""
         shutil.rmtree(self._jobs_folder / job_id, ignore_errors=True)
 
-    def create_job(self, job: NewJob) -> FinetuningJob:
-        """Queue a job.
+    def create_job(
+        self,
+        job: NewJob,
+        quotas: Quotas | None = None,
+        claim: IdempotencyClaim | None = None,
+        max_queued: int | None = None,
+    ) -> FinetuningJob:
+        """Queue a job; ``claim`` is completed with it.
 
         Raises:
             FileNotStoredError: one of its files was deleted meanwhile.
+            QuotaExceededError: the organization may not queue it.
+            TooManyQueuedJobsError: ``max_queued`` jobs are waiting.
         """
         with self._database.write() as connection:
+            if max_queued is not None:
+                _check_queue(connection, max_queued)
+            if quotas is not None:
+                check_job_quotas(connection, quotas, job, self._jobs_folder)
             for wanted in filter(None, (job.training_file, job.validation_file)):
                 file_id = select(schema.files.c.id).where(schema.files.c.id == wanted)
                 if connection.scalar(file_id) is None:
@@ -97,7 +123,18 @@ class JobStore(JobQueue):
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
+            if claim is not None:
+                complete_claim(connection, claim, job.id)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)
+
+    def check_queue(self, max_queued: int) -> None:
+        """Whether :meth:`create_job` may queue one more.
+
+        Raises:
+            TooManyQueuedJobsError: ``max_queued`` jobs are waiting.
+        """
+        with self._database.read() as connection:
+            _check_queue(connection, max_queued)
 
     def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
         """The job of this id; ``organization_id`` limits the look to one tenant, here and below.
@@ -138,7 +175,9 @@ class JobStore(JobQueue):
             )
         with self._database.read() as connection:
             if after is not None:
-                seq = connection.scalar(select(table.c.seq).where(table.c.id == after))
+                seq = connection.scalar(
+                    query.with_only_columns(table.c.seq).where(table.c.id == after)
+                )
                 if seq is None:
                     raise CursorNotFoundError(after)
                 query = query.where(table.c.seq < seq)
@@ -275,6 +314,24 @@ class JobStore(JobQueue):
         with self._database.read() as connection:
             return list(connection.scalars(query.order_by(table.c.seq)))
 
+    def events_since(
+        self, job_id: str, seq: int, limit: int = 1000, organization_id: str | None = None
+    ) -> tuple[list[JobEvent], int, bool]:
+        """Events after the one numbered ``seq`` (0: from the first), oldest first; the number of
+        the last one; and whether the job has ended and no more will come.
+
+        Raises:
+            JobNotFoundError: no such job.
+        """
+        table = schema.events
+        query = select(table).where(table.c.job_id == job_id, table.c.seq > seq)
+        with self._database.read() as connection:
+            job = self._row(connection, job_id, organization_id)
+            rows = connection.execute(query.order_by(table.c.seq).limit(limit)).all()
+        events = [event_from_row(row) for row in rows]
+        ended = JobStatus(job.status).finished and len(rows) < limit
+        return events, rows[-1].seq if rows else seq, ended
+
     # -- cheap looks for changes -----------------------------------------------------------------
 
     def data_version(self) -> int:
@@ -288,6 +345,20 @@ class JobStore(JobQueue):
             query = "SELECT coalesce(max(seq), 0), count(*) FROM adapters"
             newest, count = self._watch.execute(query).fetchone()
             return newest, count
+
+    # -- content on disk -------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove the content of files and uploads whose time is over."""
+        self.files.sweep()
+        self.uploads.sweep()
+
+    def clean_up(self) -> None:
+        """The same, and what processes that died left. To be called when a server starts."""
+        self.sweep()
+        removed = self.files.remove_leftovers() + self.uploads.remove_leftovers()
+        if removed:
+            logger.info("removed %d files that an interrupted process had left", removed)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -308,3 +379,10 @@ class JobStore(JobQueue):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_queue(connection: Connection, max_queued: int) -> None:
+    queued = schema.jobs.c.status == JobStatus.QUEUED.value
+    count = connection.scalar(select(func.count()).select_from(schema.jobs).where(queued)) or 0
+    if count >= max_queued:
+        raise TooManyQueuedJobsError(max_queued)

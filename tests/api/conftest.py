@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flexllm_vllm.api.plugin import attach_routes
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.data import ExampleTokenizer
 from flexllm_vllm.jobs import JobStore
+from flexllm_vllm.scheduler.iterations import Iteration
 
 
 def _toy_tokenizer() -> Any:
@@ -49,7 +50,7 @@ class Server:
 
 
 async def _iterations(last: int) -> list[dict[str, Any]]:
-    return [{"decode_tokens": i, "finetuning_forward_tokens": 32} for i in range(last)]
+    return [asdict(Iteration(1.5e9, 80.0, None, 75.5, i, 0, 32, 64)) for i in range(last)]
 
 
 def _run_server(app: FastAPI) -> tuple[uvicorn.Server, threading.Thread, str]:

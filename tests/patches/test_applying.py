@@ -10,6 +10,7 @@ from vllm.model_executor.layers import utils
 
 from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.patches import (
+    access,
     cpu_attention_layout,
     cpu_compilation,
     cpu_linear_weights,
@@ -33,6 +34,7 @@ def test_patches_are_applied_once() -> None:
         (cpu_linear_weights, utils, "dispatch_cpu_unquantized_gemm"),
         (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
         (endpoint_plugins, app, "attach_endpoint_plugins"),
+        (access, app, "init_entrypoints_middleware"),
         (engine_core, EngineCoreProc, "run_busy_loop"),
     ):
         patch.apply()
