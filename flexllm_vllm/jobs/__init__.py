@@ -8,6 +8,8 @@ from flexllm_vllm.jobs.errors import (
     JobNotFoundError,
     JobStateError,
     StoreVersionError,
+    WebhookEndpointNotFoundError,
+    WebhookLimitError,
 )
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
@@ -23,6 +25,8 @@ from flexllm_vllm.jobs.types import (
     ServedAdapter,
     StoredFile,
     TrainingSpec,
+    WebhookDelivery,
+    WebhookEndpoint,
 )
 
 __all__ = [
@@ -46,4 +50,8 @@ __all__ = [
     "StoreVersionError",
     "StoredFile",
     "TrainingSpec",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookEndpointNotFoundError",
+    "WebhookLimitError",
 ]

@@ -2,7 +2,7 @@
 
 Layout below ``root``, readable by its owner alone::
 
-    store.db                  jobs, events, files, adapters (schema.py)
+    store.db                  jobs, events, files, adapters, webhooks (schema.py)
     files/<file id>           what was uploaded
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
     engines/<engine id>       locks of living engines (owner.py)
@@ -45,6 +45,7 @@ from flexllm_vllm.jobs.types import (
     NewEvent,
     NewJob,
 )
+from flexllm_vllm.jobs.webhooks import WebhookStore
 
 
 class JobStore(JobQueue):
@@ -67,6 +68,7 @@ class JobStore(JobQueue):
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
         self.files = FileStore(database, root / "files")
         self.adapters = AdapterStore(database)
+        self.webhooks = WebhookStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
 
