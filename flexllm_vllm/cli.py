@@ -125,6 +125,13 @@ def add_flags(parser: Any) -> None:
         "takes at most half of it, since a request that arrives waits for its end. (default: auto, "
         "4 times the target of an iteration with inference)",
     )
+    group.add_argument(
+        "--finetuning-webhook-allow-private",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Webhooks may go to private, loopback and link-local addresses, and over http. Anyone "
+        "who may create webhook endpoints can then have this server call its own network.",
+    )
 
 
 def _target_ms(text: str) -> float | None:

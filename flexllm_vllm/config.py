@@ -41,6 +41,7 @@ class FinetuningConfig:
         ttft_slo_ms: target of the time to first token; half of it bounds iterations that hold no
             inference, since a request that arrives waits for their end. None: a multiple of the
             target of the others.
+        webhook_allow_private: webhooks may go to private addresses, and over http.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -54,6 +55,7 @@ class FinetuningConfig:
     base_weights: str = "auto"
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
+    webhook_allow_private: bool = False
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.

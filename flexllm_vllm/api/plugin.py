@@ -11,10 +11,11 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
+from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations, webhooks
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
 from flexllm_vllm.jobs.database import Database
@@ -26,7 +27,7 @@ logger = get_logger(__name__)
 
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
-    for module in (files, fine_tuning, fine_tunes, iterations):
+    for module in (files, fine_tuning, fine_tunes, iterations, webhooks):
         app.include_router(module.router)
 
 
@@ -65,6 +66,8 @@ class FinetuningEndpointPlugin:
             find_adapter=_paths_of(adapters),
             num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
         )
+        # The router in webhooks.py runs it as long as the application lives.
+        state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
         if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
             state.finetuning_metrics = await asyncio.to_thread(
                 _metrics_of, engine_client, store, state.finetuning.base_models
