@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from fastapi import FastAPI, Header
 from openai.types.webhooks import FineTuningJobSucceededWebhookEvent, WebhookEndpoint
 
+from flexllm_vllm.api import webhook_sender
 from flexllm_vllm.api.plugin import attach_routes
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import Tenant, get_tenant
@@ -35,6 +36,9 @@ class Receiver:
     url: str = ""
     status: int = 200
     delay_s: float = 0.0
+    body: bytes = b"ok"
+    body_repeats: int = 1
+    bytes_sent: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     answers: list[int] = field(default_factory=list)
     requests: list[tuple[float, str, dict[str, str], bytes]] = field(default_factory=list)
@@ -70,9 +74,13 @@ def receiver() -> Iterator[Receiver]:
             self.send_response(status)
             for name, value in receiver.headers.items():
                 self.send_header(name, value)
-            self.send_header("content-length", "2")
+            self.send_header("content-length", str(len(receiver.body) * receiver.body_repeats))
             self.end_headers()
-            self.wfile.write(b"ok")
+            with suppress(ConnectionError):
+                for _ in range(receiver.body_repeats):
+                    self.wfile.write(receiver.body)
+                    receiver.bytes_sent += len(receiver.body)
+            self.close_connection = True
 
         def log_message(self, *_: object) -> None:
             pass
@@ -271,6 +279,38 @@ def test_it_gives_up_in_the_end(processes: Callable[..., Any], receiver: Receive
     assert len(receiver.requests) == 3
 
 
+def test_a_receiver_that_does_not_answer_in_time_is_tried_again(
+    processes: Callable[..., Any],
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(webhook_sender, "TIMEOUT_S", 0.3)
+    receiver.delay_s = 1
+    with processes() as process:
+        create(process.client, receiver)
+        end_job(process.store)
+        receiver.wait(1)
+        receiver.delay_s = 0
+        receiver.wait(2)
+        settled(process.store)
+    assert "attempt 1 failed (no answer within" in caplog.text
+
+
+def test_the_body_of_an_answer_is_not_read(process: Process, receiver: Receiver) -> None:
+    receiver.body, receiver.body_repeats = bytes(1 << 20), 1000
+    create(process.client, receiver)
+    end_job(process.store)
+    receiver.wait(1)
+    settled(process.store)
+    assert receiver.bytes_sent < 100 << 20  # what fits into buffers of the system
+    assert len(receiver.requests) == 1
+
+
+def test_all_attempts_are_made_within_72_hours() -> None:
+    assert 48 * 3600 < sum(webhook_sender.RETRY_DELAYS_S) < 72 * 3600
+
+
 def test_a_restart_between_two_attempts(
     processes: Callable[..., Any], receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,8 +331,6 @@ def test_a_restart_between_two_attempts(
 def test_an_attempt_that_the_servers_end_breaks_off_is_begun_again(
     processes: Callable[..., Any], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexllm_vllm.api import webhook_sender
-
     monkeypatch.setattr(webhook_sender, "STOP_S", 0.1)
     receiver.delay_s = 1
     with processes() as process:
