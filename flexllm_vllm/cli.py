@@ -173,6 +173,13 @@ def add_flags(parser: Any) -> None:
         default=argparse.SUPPRESS,
         help=f"Examples that a file may have. (default: {defaults.max_examples})",
     )
+    group.add_argument(
+        "--finetuning-webhook-allow-private",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Webhooks may go to private, loopback and link-local addresses, and over http. Anyone "
+        "who may create webhook endpoints can then have this server call its own network.",
+    )
 
 
 def _target_ms(text: str) -> float | None:

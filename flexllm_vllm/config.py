@@ -48,6 +48,7 @@ class FinetuningConfig:
         max_disk_bytes: size of ``dir``; None: as much as the disk holds, less a reserve.
         max_queued_jobs: jobs that wait for their start.
         max_examples: examples in a file.
+        webhook_allow_private: webhooks may go to private addresses, and over http.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -68,6 +69,7 @@ class FinetuningConfig:
     max_disk_bytes: int | None = None
     max_queued_jobs: int = 100
     max_examples: int = 1_000_000
+    webhook_allow_private: bool = False
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.

@@ -153,3 +153,12 @@ def test_another_release_of_vllm_is_refused(version: str) -> None:
 def test_the_supported_releases() -> None:
     for version in ("0.32.0", "0.32.1", "0.32.0+cpu"):
         check_vllm_release(version)
+
+
+def test_webhooks_go_to_public_addresses_unless_allowed(parser: FlexibleArgumentParser) -> None:
+    for flags, allowed in (([], False), (["--finetuning-webhook-allow-private"], True)):
+        args = engine_args(parser, "--enable-finetuning", *flags)
+        config = FinetuningConfig.from_dict(args.additional_config[KEY])
+        assert config.webhook_allow_private is allowed
+    with pytest.raises(ValueError, match="--finetuning-webhook-allow-private has no effect"):
+        engine_args(parser, "--finetuning-webhook-allow-private")

@@ -31,6 +31,8 @@ from flexllm_vllm.jobs.errors import (
     UploadMismatchError,
     UploadNotFoundError,
     UploadStateError,
+    WebhookEndpointNotFoundError,
+    WebhookLimitError,
 )
 from flexllm_vllm.log import get_logger
 
@@ -129,6 +131,10 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(404, str(error), param)
         case AdapterNotFoundError():
             return ApiError(404, str(error), "model", "model_not_found")
+        case WebhookEndpointNotFoundError():
+            return ApiError(404, str(error), "webhook_endpoint_id")
+        case WebhookLimitError():
+            return invalid(str(error), None, "webhook_limit_reached")
         case CursorNotFoundError():
             return invalid(str(error), "after")
         case FileInUseError():

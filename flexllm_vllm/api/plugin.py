@@ -12,12 +12,21 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations, unsupported, uploads
+from flexllm_vllm.api import (
+    files,
+    fine_tunes,
+    fine_tuning,
+    iterations,
+    unsupported,
+    uploads,
+    webhooks,
+)
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.unmatched import attach_unmatched
+from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.tokenize import ExampleTokenizer
 from flexllm_vllm.jobs.database import Database
@@ -33,7 +42,7 @@ _BEARER = HTTPBearer(auto_error=False, description="A key of --api-key or of the
 
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
-    for module in (files, uploads, fine_tuning, fine_tunes, iterations, unsupported):
+    for module in (files, uploads, fine_tuning, fine_tunes, iterations, webhooks, unsupported):
         app.include_router(module.router, dependencies=[Security(_BEARER)])
     attach_unmatched(app)
 
@@ -75,6 +84,8 @@ class FinetuningEndpointPlugin:
             num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
             limits=Limits.from_config(config),
         )
+        # The router in webhooks.py runs it as long as the application lives.
+        state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
         if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
             state.finetuning_metrics = await asyncio.to_thread(
                 _metrics_of, engine_client, store, state.finetuning.base_models

@@ -15,6 +15,8 @@ from flexllm_vllm.jobs.errors import (
     UploadMismatchError,
     UploadNotFoundError,
     UploadStateError,
+    WebhookEndpointNotFoundError,
+    WebhookLimitError,
 )
 from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
@@ -34,6 +36,8 @@ from flexllm_vllm.jobs.types import (
     Upload,
     UploadPart,
     UploadStatus,
+    WebhookDelivery,
+    WebhookEndpoint,
 )
 
 __all__ = [
@@ -68,4 +72,8 @@ __all__ = [
     "UploadPart",
     "UploadStateError",
     "UploadStatus",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookEndpointNotFoundError",
+    "WebhookLimitError",
 ]

@@ -74,6 +74,7 @@ def _engine(path: Path, foreign_keys: bool) -> Engine:
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+        hide_parameters=True,  # an error that is logged must not show a webhook's secret
     )
 
     @event.listens_for(engine, "connect")

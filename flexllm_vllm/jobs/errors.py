@@ -25,6 +25,18 @@ class AdapterNotFoundError(LookupError):
         super().__init__(f"The model '{name}' does not exist")
 
 
+class WebhookEndpointNotFoundError(LookupError):
+    """No webhook endpoint of this id."""
+
+    def __init__(self, endpoint_id: str) -> None:
+        self.endpoint_id = endpoint_id
+        super().__init__(f"No such webhook endpoint: {endpoint_id}")
+
+
+class WebhookLimitError(RuntimeError):
+    """An organization has as many webhook endpoints, or an endpoint as many secrets, as it may."""
+
+
 class CursorNotFoundError(LookupError):
     """The ``after`` of a listing names nothing that is in the list."""
 

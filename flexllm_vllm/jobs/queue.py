@@ -19,6 +19,7 @@ from flexllm_vllm.jobs.names import checkpoint_name, new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.rows import finite, insert_event, job_from_row, now
 from flexllm_vllm.jobs.types import FinetuningJob, JobError, JobStatus, NewEvent
+from flexllm_vllm.jobs.webhook_deliveries import add_deliveries
 
 
 class JobQueue:
@@ -307,6 +308,7 @@ class JobQueue:
             pause_requested=False,
             **values,
         )
+        add_deliveries(connection, self._row(connection, job_id))
 
     def _update(self, connection: Connection, job_id: str, **values: Any) -> None:
         connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))

@@ -168,6 +168,7 @@ webhook_endpoints = _table(
     # What deliveries are signed with: [{"secret", "expires_at" (null for the current one)}].
     Column("secrets", JSON, nullable=False),
     Column("created_at", Integer, nullable=False),
+    Column("updated_at", Integer, nullable=False),
     _organization(),
 )
 
@@ -191,6 +192,7 @@ webhook_deliveries = _table(
     Column("claimed_until", Integer),
 )
 Index("deliveries_due", webhook_deliveries.c.next_attempt_at)
+Index("deliveries_of_endpoint", webhook_deliveries.c.endpoint_id)
 
 idempotency_keys = _table(
     "idempotency_keys",

@@ -2,7 +2,7 @@
 
 Layout below ``root``, readable by its owner alone::
 
-    store.db                  jobs, events, files, adapters (schema.py)
+    store.db                  jobs, events, files, adapters, webhooks (schema.py)
     files/<file id>           what was uploaded
     uploads/<part id>         parts of uploads that are not complete
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
@@ -54,6 +54,7 @@ from flexllm_vllm.jobs.types import (
     NewJob,
 )
 from flexllm_vllm.jobs.uploads import UploadStore
+from flexllm_vllm.jobs.webhooks import WebhookStore
 from flexllm_vllm.log import get_logger
 
 logger = get_logger(__name__)
@@ -81,6 +82,7 @@ class JobStore(JobQueue):
         self.files = FileStore(database, root / "files")
         self.uploads = UploadStore(database, root / "uploads", self.files)
         self.adapters = AdapterStore(database)
+        self.webhooks = WebhookStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
 

@@ -53,16 +53,22 @@ async def _iterations(last: int) -> list[dict[str, Any]]:
     return [asdict(Iteration(1.5e9, 80.0, None, 75.5, i, 0, 32, 64)) for i in range(last)]
 
 
-def _run_server(app: FastAPI) -> tuple[uvicorn.Server, threading.Thread, str]:
+def _run_server(app: FastAPI, **config: Any) -> tuple[uvicorn.Server, threading.Thread, str]:
     """Serve an application on a free local port."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     return server, thread, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def run_server() -> Callable[..., tuple[uvicorn.Server, threading.Thread, str]]:
+    """For tests that end a server themselves: ``should_exit``, then join the thread."""
+    return _run_server
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import asyncio
 import io
 import json
 import re
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import select
 from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -26,7 +28,7 @@ from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 
 from flexllm_vllm.api.plugin import FinetuningEndpointPlugin
 from flexllm_vllm.config import KEY, FinetuningConfig
-from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec
+from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec, schema
 
 LINE = json.dumps(
     {
@@ -142,6 +144,26 @@ def test_the_api_key_protects_all_routes(served: tuple[FastAPI, str]) -> None:
         path = re.sub(r"\{\w+(:path)?\}", "x", route.path)
         for method in route.methods:
             assert httpx.request(method, url + path).status_code == 401
+
+
+def test_a_server_delivers_webhooks_and_not_into_its_own_network(
+    served: tuple[FastAPI, str], tmp_path: Path
+) -> None:
+    client = client_of(served[1])
+    file = client.files.create(file=("a.jsonl", LINE), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="demo", training_file=file.id)
+    with JobStore(tmp_path) as store:
+        # As if the name had led elsewhere when the endpoint was created.
+        store.webhooks.create("x", "https://localhost/", ["fine_tuning.job.cancelled"])
+        client.fine_tuning.jobs.cancel(job.id)
+        deadline = time.monotonic() + 15
+        error = None
+        while error is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            with store._database.read() as connection:
+                error = connection.scalar(select(schema.webhook_deliveries.c.last_error))
+    assert "not public" in error
 
 
 def test_iterations_come_from_the_engine(served: tuple[FastAPI, str]) -> None:

@@ -92,6 +92,7 @@ def upgrade() -> None:
         sa.Column("event_types", sa.JSON, nullable=False),
         sa.Column("secrets", sa.JSON, nullable=False),
         _number("created_at"),
+        _number("updated_at"),
         _organization(index=True),
     )
     _create(
@@ -114,6 +115,7 @@ def upgrade() -> None:
         sa.Column("claimed_until", sa.Integer),
     )
     op.create_index("deliveries_due", "webhook_deliveries", ["next_attempt_at"])
+    op.create_index("deliveries_of_endpoint", "webhook_deliveries", ["endpoint_id"])
     _create(
         "idempotency_keys",
         _text("key"),
