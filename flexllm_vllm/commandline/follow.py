@@ -50,7 +50,7 @@ def follow_progress(session: Session, job_id: str) -> None:
     view: JobView
     if output.as_json:
         view = JsonView(output, jobs=True)
-    elif output.console.is_interactive:
+    elif output.is_terminal and output.console.is_interactive:
         view = LiveView(output)
     else:
         view = PlainView(output, PLAIN_INTERVAL)

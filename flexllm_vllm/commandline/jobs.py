@@ -50,10 +50,11 @@ def list_jobs(
 @server_command(app, "show")
 def show(session: Session, job_id: Job, follow: Follow = False) -> None:
     """Show one job; with --follow its progress, until it ends."""
+    job = session.client.fine_tuning.jobs.retrieve(job_id)
     if follow:
-        follow_progress(session, job_id)
-        return
-    show_job(session, session.client.fine_tuning.jobs.retrieve(job_id))
+        follow_progress(session, job.id)
+    else:
+        show_job(session, job)
 
 
 @server_command(app, "events")
@@ -63,7 +64,8 @@ def events(
     """Show the last events of a job, the newest at the end; with --follow all of them, and those
     to come."""
     if follow:
-        follow_events(session, job_id)
+        # A wrong address or id is told at once; only later a server that is away is waited for.
+        follow_events(session, session.client.fine_tuning.jobs.retrieve(job_id).id)
         return
     found, more = collect(
         lambda limit: session.client.fine_tuning.jobs.list_events(job_id, limit=limit),

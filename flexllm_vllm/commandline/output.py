@@ -19,12 +19,14 @@ class Output:
         as_json: results are JSON.
         console: the standard output.
         messages: the standard error.
+        is_terminal: whether the standard output is one, whatever colors are asked for.
     """
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.console = Console(file=sys.stdout)
         self.messages = Console(file=sys.stderr)
+        self.is_terminal = sys.stdout.isatty()
 
     def document(self, value: Any) -> None:
         """One JSON document."""
@@ -59,7 +61,7 @@ class Output:
 
     def _grid(self, rows: list[list[str]], first_row: str, first_column: str) -> None:
         """Columns of text, the first row and the first column in a style."""
-        if not self.console.is_terminal:
+        if not self.is_terminal:
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             for row in rows:
                 cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

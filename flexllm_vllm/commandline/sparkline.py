@@ -11,9 +11,10 @@ _ASCII = "_.,-=*#@"
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
     """The values from the first to the last, between their least and their greatest.
 
-    More than ``width`` values are averaged in equal groups; NaN and infinity are left out.
+    More than ``width`` values are averaged in equal groups; NaN and what is beyond 1e30 is left
+    out, it would hide the rest.
     """
-    values = [value for value in values if math.isfinite(value)]
+    values = [value for value in values if abs(value) < 1e30]
     if not values:
         return ""
     count = min(len(values), width)
