@@ -40,10 +40,10 @@ def list_jobs(
         session.output.document(list_object(jobs, more))
         return
     rows = [
-        (job.id, job.status, job.model, job.fine_tuned_model, local_time(job.created_at))
+        (job.id, job.status, job.fine_tuned_model or job.model, local_time(job.created_at))
         for job in jobs
     ]
-    session.output.table(("ID", "STATUS", "MODEL", "FINE-TUNED MODEL", "CREATED"), rows)
+    session.output.table(("ID", "STATUS", "MODEL", "CREATED"), rows)
     session.output.note_more(more)
 
 

@@ -12,7 +12,6 @@ app = typer.Typer(
     no_args_is_help=True,
     # A traceback is for what nobody has thought of, and then without every local value (a key).
     pretty_exceptions_show_locals=False,
-    help="Finetuning jobs, files and adapters of a vLLM server with --enable-finetuning.",
     epilog=(
         "Exit codes: 0 done, 1 refused by the server, 2 wrong usage, 3 the job failed, "
         "4 the job was cancelled, 5 the server is not reachable, 130 interrupted."

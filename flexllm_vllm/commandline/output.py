@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from openai import BaseModel
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -52,26 +53,25 @@ class Output:
             self.note("There are more: see --limit and --all", style="dim")
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Rows under headers; no value is cut off."""
-        self._grid([list(headers), *([_cell(value) for value in row] for row in rows)], "bold", "")
+        """Rows under headers. A line that is too long for the terminal is broken by it alone, so
+        that names can be copied."""
+        header, *lines = _columns([headers, *rows])
+        self.console.print(Text(header, style="bold"), soft_wrap=True)
+        for line in lines:
+            self.text(line)
 
     def fields(self, rows: Sequence[tuple[str, Any]]) -> None:
         """Names and values, one pair a line; None is left out."""
-        self._grid([[name, _cell(value)] for name, value in rows if value is not None], "", "bold")
-
-    def _grid(self, rows: list[list[str]], first_row: str, first_column: str) -> None:
-        """Columns of text, the first row and the first column in a style."""
+        rows = [(name, value) for name, value in rows if value is not None]
         if not self.is_terminal:
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for row in rows:
-                cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-                self._write("  ".join(cells).rstrip())
+            for line in _columns(rows):
+                self.text(line)
             return
         grid = Table.grid(padding=(0, 2))
-        for index in range(len(rows[0])):
-            grid.add_column(overflow="fold", style=first_column if index == 0 else "")
-        for index, row in enumerate(rows):
-            grid.add_row(*map(Text, row), style=first_row if index == 0 else "")
+        grid.add_column(style="bold")
+        grid.add_column(overflow="fold")
+        for name, value in rows:
+            grid.add_row(name, Text(_cell(value)))
         self.console.print(grid)
 
     def _write(self, text: str) -> None:
@@ -99,6 +99,18 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, list):
         return [plain_data(item) for item in value]
     return value
+
+
+def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A line for each row, its cells below one another."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def _cell(value: Any) -> str:

@@ -28,10 +28,10 @@ class Progress:
         self.step = int(_number(metrics, "step") or self.step)
         total = _number(metrics, "total_steps")
         self.total_steps = self.total_steps if total is None else int(total)
+        speed = _number(metrics, "tokens_per_second")
+        self.tokens_per_second = self.tokens_per_second if speed is None else speed
         if is_validation(metrics):
             self.valid_accuracy = _number(metrics, "valid_mean_token_accuracy")
-        else:
-            self.tokens_per_second = _number(metrics, "tokens_per_second")
         for losses, name in (
             (self.train_losses, "train_loss"),
             (self.valid_losses, "valid_loss"),
