@@ -60,9 +60,10 @@ def train_steps(store: Any, job_id: str, first: int, last: int) -> None:
 
 
 def environment(server: Any) -> dict[str, str]:
+    """Of a process that reaches the server, in a terminal or, as in many CIs, told to color."""
     root = str(Path(__file__).parents[2])
     base_url = f"{server.url}/v1"
-    terminal = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
     return {**os.environ, "PYTHONPATH": root, "OPENAI_BASE_URL": base_url, **terminal}
 
 
@@ -211,7 +212,8 @@ def test_a_server_that_restarts_is_waited_for(server: Any, create: Any) -> None:
     server.store.succeed(job_id, server.store.get_job(job_id).adapter_path)
     with restarted.running():
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "The server answers again\n")
+    assert process.returncode == 0
+    assert "The server answers again" in err
     ids = [json.loads(line)["id"] for line in (*shown, *out.splitlines())]
     stored, _ = server.store.list_events(job_id, limit=100)
     assert ids == [event.id for event in reversed(stored)]
@@ -252,13 +254,28 @@ def test_ctrl_c_leaves_the_job_running(server: Any, create: Any) -> None:
     process = start(server, "jobs", "show", job_id, "--follow")
     assert job_id in process.stdout.readline()  # it follows
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "\x1b" not in out  # a pipe has no bar
     assert f"The job {job_id} goes on" in errors
     assert f"Come back with: flexllm jobs show {job_id} --follow\n" in errors
     assert f"flexllm jobs cancel {job_id}" in errors
     assert "Traceback" not in errors
     assert server.store.get_job(job_id).status == "queued"
+
+
+def test_a_paused_job_is_waited_for(server: Any, create: Any) -> None:
+    job_id = create()
+    server.store.request_pause(job_id)
+    process = start(server, "jobs", "show", job_id, "--follow")
+    lines = iter(process.stdout.readline, "")
+    assert any("Fine-tuning job paused" in line for line in lines)
+    assert process.poll() is None
+    server.store.resume(job_id)
+    server.store.succeed(job_id, server.store.claim_next_job().adapter_path)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Fine-tuning job resumed" in out
 
 
 def test_a_terminal_shows_a_bar_and_curves(server: Any, engine: Any, create: Any) -> None:

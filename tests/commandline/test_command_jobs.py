@@ -1,10 +1,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pytest
+from fastapi import Body, FastAPI
 
 
 def test_create_uploads_the_file_and_says_everything_of_the_job(
@@ -44,11 +45,25 @@ def test_create_takes_an_id_and_the_servers_base_model(
     assert client.fine_tuning.jobs.retrieve(job["id"]).to_dict() == job
 
 
-def test_dpo_and_a_validation_file_are_asked_for(run: Any, train: Path) -> None:
-    result = run("jobs", "create", train, "--validation-file", train, "--json")
-    assert result.err.count("Uploaded") == 2
-    result = run("jobs", "create", train, "--method", "dpo", "--beta", "0.2", "--json")
-    assert "beta" not in result.err
+def test_dpo_and_a_validation_file_are_asked_for(
+    run: Any, client: openai.OpenAI, create: Any, serve: Callable[[FastAPI], str]
+) -> None:
+    job = client.fine_tuning.jobs.retrieve(create()).to_dict()
+    bodies: list[Any] = []
+    app = FastAPI()
+
+    @app.post("/v1/fine_tuning/jobs")
+    def take(body: Annotated[Any, Body()]) -> Any:
+        bodies.append(body)
+        return job
+
+    options = "--model demo --validation-file file-b --method dpo --beta 0.2 --set save_steps=5"
+    url = f"{serve(app)}/v1"
+    assert run("jobs", "create", "file-a", *options.split(), "--base-url", url).exit_code == 0
+    hyperparameters = {"beta": 0.2, "save_steps": 5}
+    expected = {"model": "demo", "training_file": "file-a", "validation_file": "file-b"}
+    method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+    assert bodies == [{**expected, "method": method}]
 
 
 @pytest.mark.parametrize(
