@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/api": {"api", "jobs", "data", "config", "log"},
+    "flexllm_vllm/commandline": {"commandline", "__version__"},
     "flexllm_vllm/models": {"models", "kernels"},
     "flexllm_vllm/worker": {
         "worker",

@@ -1,0 +1,1 @@
+"""The ``flexllm`` command line: OpenAI's finetuning API from a shell, over HTTP alone."""
