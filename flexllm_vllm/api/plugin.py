@@ -11,7 +11,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations
+from flexllm_vllm.api import files, fine_tunes, fine_tuning, iterations, web
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
@@ -25,9 +25,11 @@ logger = get_logger(__name__)
 
 
 def attach_routes(app: FastAPI) -> None:
-    """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
+    """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects, except the web page,
+    which holds no data."""
     for module in (files, fine_tuning, fine_tunes, iterations):
         app.include_router(module.router)
+    app.include_router(web.router)
 
 
 class FinetuningEndpointPlugin:
