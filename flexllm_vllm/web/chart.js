@@ -1,6 +1,6 @@
 // The few parts of a chart that ours share: scales, axes, and a reading under the pointer.
 
-import { setText, svg } from "./dom.js";
+import { h, setText, svg } from "./dom.js";
 
 // About `wanted` round numbers from low to high.
 export function ticks(low, high, wanted) {
@@ -43,18 +43,57 @@ export function barPath(bars) {
 }
 
 // An SVG that fills its box; `draw(width, height)` is called again when the box changes.
+//
+// A point is read with the pointer or the arrow keys: `count()` points, `nearest(x)` gives the index
+// of one, `read(index)` its text and its place, { text, x }.
 export class Chart {
-  constructor(className, label, draw) {
-    this.element = svg(`svg.chart.${className}`, { role: "img", "aria-label": label });
-    this.draw = draw;
-    this.width = 0;
-    this.height = 0;
+  constructor(className, label, { draw, count, nearest, read }) {
+    const attributes = { role: "img", "aria-label": label, tabindex: "0" };
+    this.element = svg(`svg.chart.${className}`, attributes);
+    this.reading = h("p.reading", { "aria-live": "polite" });
+    this.box = h("div.chart-box", {}, this.element, this.reading);
+    Object.assign(this, { draw, count, nearest, read, width: 0, height: 0, index: null });
     new ResizeObserver(([entry]) => {
       const { width, height } = entry.contentRect;
       if (width === this.width && height === this.height) return;
       [this.width, this.height] = [width, height];
       this.update();
     }).observe(this.element);
+    this.element.addEventListener("pointermove", (event) => {
+      this.point(this.nearest(event.clientX - this.element.getBoundingClientRect().left));
+    });
+    this.element.addEventListener("pointerleave", () => this.leave());
+    this.element.addEventListener("blur", () => this.leave());
+    this.element.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  point(index) {
+    const last = this.count() - 1;
+    if (last < 0 || !this.width) return;
+    this.index = Math.max(0, Math.min(last, index));
+    const { text, x } = this.read(this.index);
+    setText(this.reading, text);
+    const cursor = this.part("line", "cursor");
+    const place = { x1: x, x2: x, y1: 8, y2: this.height };
+    for (const [name, value] of Object.entries(place)) cursor.setAttribute(name, value);
+    this.box.classList.add("pointed");
+  }
+
+  leave() {
+    this.index = null;
+    this.box.classList.remove("pointed");
+  }
+
+  key(event) {
+    const last = this.count() - 1;
+    const at = this.index ?? last;
+    const far = Math.max(1, Math.round(last / 10));
+    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, PageDown: at + far, PageUp: at - far };
+    Object.assign(moves, { Home: 0, End: last });
+    if (event.key === "Escape") this.leave();
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    this.point(moves[event.key]);
   }
 
   update() {

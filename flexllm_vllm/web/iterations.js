@@ -24,14 +24,17 @@ export class IterationsPanel {
       finetuning: tile("Finetuning", "tokens/s forward", "finetuning"),
     };
     const label = "Iterations: duration against the target, and what they held";
-    this.chart = new Chart("iterations-chart", label, (width, height) => this.draw(width, height));
-    this.reading = h("p.reading", { "aria-hidden": "true" });
-    this.note = h("p.chart-note", {}, "Waiting for the engine’s first iterations");
-    this.chart.element.addEventListener("pointermove", (event) => this.point(event));
-    this.chart.element.addEventListener("pointerleave", () => {
-      this.box.classList.remove("pointed");
+    this.shown = { rows: [], left: 0, slot: 1 };
+    this.chart = new Chart("iterations-chart", label, {
+      draw: (width, height) => this.draw(width, height),
+      count: () => this.shown.rows.length,
+      nearest: (x) => Math.floor((x - this.shown.left) / this.shown.slot),
+      read: (index) => this.read(index),
     });
-    this.box = h("div.chart-box.iterations-box", {}, this.chart.element, this.reading, this.note);
+    this.note = h("p.chart-note", {}, "Waiting for the engine’s first iterations");
+    this.box = this.chart.box;
+    this.box.classList.add("iterations-box");
+    this.box.append(this.note);
     const tiles = Object.values(this.tiles).map((t) => t.element);
     this.element = h(
       "section.card.engine",
@@ -106,9 +109,7 @@ export class IterationsPanel {
     const frame = { x: MARGIN.left, x2: width - MARGIN.right, anchor: "end" };
     this.drawTimes({ rows, left, slot, bar, frame, top: MARGIN.top, bottom: split });
     this.drawTokens({ rows, left, slot, bar, frame, top: split + GAP, bottom: height - MARGIN.bottom });
-    const cursor = chart.part("line", "cursor");
-    setAttribute(cursor, "y1", MARGIN.top);
-    setAttribute(cursor, "y2", height - MARGIN.bottom);
+    chart.part("line", "cursor");
   }
 
   drawTimes({ rows, left, slot, bar, frame, top, bottom }) {
@@ -116,7 +117,7 @@ export class IterationsPanel {
     const targets = rows.map((i) => i.target_ms ?? 0);
     const longest = Math.max(1, ...targets.map((t) => t * 1.3), quantile(rows.map((i) => i.duration_ms), 0.99));
     const y = linear(0, longest, bottom, top);
-    const marks = ticks(0, longest, 3).map((value) => ({ at: y(value), text: milliseconds(value) }));
+    const marks = (rows.length ? ticks(0, longest, 3) : []).map((value) => ({ at: y(value), text: milliseconds(value) }));
     drawAxis(chart.part("g", "grid"), marks, frame);
     const column = (wanted, from, to) =>
       barPath(
@@ -146,7 +147,7 @@ export class IterationsPanel {
     const zero = top + (bottom - top) * 0.64;
     const y = linear(0, up, zero, top);
     const deep = linear(0, down, zero, bottom);
-    const marks = ticks(0, up, 2).filter(Number.isInteger);
+    const marks = (rows.length ? ticks(0, up, 2) : []).filter(Number.isInteger);
     drawAxis(
       chart.part("g", "token-grid"),
       marks.map((value) => ({ at: y(value), text: value ? `${count(value)} tok` : "0" })),
@@ -174,11 +175,8 @@ export class IterationsPanel {
     for (const [name, path] of Object.entries(parts)) chart.part("path", name).setAttribute("d", path);
   }
 
-  point(event) {
-    const { rows, left, slot } = this.shown ?? { rows: [] };
-    if (!rows.length) return;
-    const x = event.clientX - this.chart.element.getBoundingClientRect().left;
-    const index = Math.max(0, Math.min(rows.length - 1, Math.floor((x - left) / slot)));
+  read(index) {
+    const { rows, left, slot } = this.shown;
     const i = rows[index];
     const parts = [milliseconds(i.duration_ms)];
     if (i.target_ms !== null) parts.push(`target ${milliseconds(i.target_ms)}`);
@@ -190,10 +188,7 @@ export class IterationsPanel {
       [i.finetuning_backward_tokens, "backward"],
     ];
     parts.push(...held.filter(([n]) => n > 0).map(([n, what]) => `${count(n)} ${what}`));
-    setText(this.reading, parts.join("  ·  "));
-    const cursor = this.chart.part("line", "cursor");
-    for (const name of ["x1", "x2"]) setAttribute(cursor, name, left + (index + 0.5) * slot);
-    this.box.classList.add("pointed");
+    return { text: parts.join("  ·  "), x: left + (index + 0.5) * slot };
   }
 }
 

@@ -7,6 +7,7 @@ import { Checkpoints, EventList, Settings } from "./job_tabs.js";
 import { isFinished, isRunning, jobName, statusChip, updateChip } from "./job_states.js";
 import { LossChart } from "./loss_chart.js";
 import { finishClock, finishText, progressBar, updateBar } from "./progress.js";
+import { startHelp } from "./start.js";
 import { Tabs } from "./tabs.js";
 
 const TILES = ["Progress", "Speed", "Time left", "Training loss", "Validation"];
@@ -43,8 +44,15 @@ export class JobDetail {
       "No job selected",
       "The loss, the events and the checkpoints of a job show here.",
     );
-    this.element = h("section.card.detail-card", { "aria-label": "Job" }, this.empty, this.body);
-    this.show(null);
+    this.help = startHelp();
+    this.element = h(
+      "section.card.detail-card",
+      { "aria-label": "Job" },
+      this.empty,
+      this.help,
+      this.body,
+    );
+    this.show(null, "loading");
   }
 
   createBody() {
@@ -74,14 +82,15 @@ export class JobDetail {
     );
   }
 
-  // `job` null: nothing is chosen; `missing`: the one that is named does not exist.
-  show(job, missing = false) {
+  // `job` null: there is none to show, `reason` says why: "loading", "none" (at all), "missing" (the
+  // one that is named) or "unchosen".
+  show(job, reason = "unchosen") {
     const other = job?.id !== this.job?.id;
     this.job = job;
-    this.empty.hidden = job !== null;
+    this.empty.hidden = job !== null || reason === "loading" || reason === "none";
+    this.help.hidden = job !== null || reason !== "none";
     this.body.hidden = job === null;
-    const title = missing ? "No such job" : "No job selected";
-    setText(this.empty.firstChild, title);
+    setText(this.empty.firstChild, reason === "missing" ? "No such job" : "No job selected");
     if (!job) return;
     if (other) this.checkpoints.reset();
     this.update();

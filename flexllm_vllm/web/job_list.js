@@ -91,6 +91,7 @@ export class JobList {
     const { link, name, chip, bar, line } = entry.parts;
     const progress = this.log(job.id).progress;
     setText(name, jobName(job));
+    setAttribute(name, "title", jobName(job));
     updateChip(chip, job);
     updateSummary(line, job, progress);
     updateBar(bar, job, progress);

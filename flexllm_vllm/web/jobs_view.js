@@ -31,11 +31,13 @@ export class JobsView {
 
   choose() {
     const { jobs, first } = this.list;
-    const chosen = this.wanted ?? (WIDE.matches ? (this.detail.job?.id ?? first?.id) : null);
+    const chosen = this.wanted ?? (WIDE.matches ? (this.detail.job ?? first)?.id : null) ?? null;
     this.list.select(chosen);
     const job = jobs.find((other) => other.id === chosen);
     if (job) this.detail.show(job);
-    else if (this.detail.job?.id !== chosen) this.detail.show(null);
+    else if (!this.list.loaded) this.detail.show(null, "loading");
+    else if (!chosen) this.detail.show(null, jobs.length ? "unchosen" : "none");
+    else if (this.detail.job?.id !== chosen) this.detail.show(null, "loading");
   }
 
   async sync(signal) {
@@ -60,7 +62,7 @@ export class JobsView {
       this.detail.show(await getJson(`fine_tuning/jobs/${encodeURIComponent(jobId)}`, { signal }));
     } catch (error) {
       if (error.status !== 404) throw error;
-      this.detail.show(null, true);
+      this.detail.show(null, "missing");
     }
   }
 }

@@ -1,7 +1,7 @@
 // The loss of a job over its steps: each step, their moving average, and the evaluations.
 
 import { Chart, drawAxis, labels, linear, linePath, ticks } from "./chart.js";
-import { h, setAttribute, setText, svg } from "./dom.js";
+import { setAttribute, svg } from "./dom.js";
 import { count, decimal } from "./format.js";
 
 const MARGIN = { left: 42, right: 14, top: 12, bottom: 26 };
@@ -11,11 +11,14 @@ export class LossChart {
     this.steps = [];
     this.evaluations = [];
     this.total = 0;
-    this.chart = new Chart("loss-chart", "Loss", (width, height) => this.draw(width, height));
-    this.reading = h("p.reading", { "aria-hidden": "true" });
-    this.element = h("div.chart-box.loss-box", {}, this.chart.element, this.reading);
-    this.chart.element.addEventListener("pointermove", (event) => this.point(event));
-    this.chart.element.addEventListener("pointerleave", () => this.leave());
+    this.chart = new Chart("loss-chart", "Loss", {
+      draw: (width, height) => this.draw(width, height),
+      count: () => this.steps.length,
+      nearest: (x) => this.nearest(x),
+      read: (index) => this.read(this.steps[index]),
+    });
+    this.element = this.chart.box;
+    this.element.classList.add("loss-box");
   }
 
   update(steps, evaluations, total) {
@@ -50,7 +53,7 @@ export class LossChart {
       rows.map((value, i) => ({ at: this.y(value), text: texts[i] })),
       { ...frame, anchor: "end" },
     );
-    const columns = ticks(0, right, Math.max(2, Math.round(width / 110)));
+    const columns = values.length ? ticks(0, right, Math.max(2, Math.round(width / 110))) : [];
     drawAxis(
       chart.part("g", "columns"),
       columns
@@ -78,32 +81,19 @@ export class LossChart {
     chart.part("line", "cursor");
   }
 
-  point(event) {
-    if (!this.steps.length || !this.x) return;
-    const box = this.chart.element.getBoundingClientRect();
-    const at = event.clientX - box.left;
-    const step = nearest(this.steps, (s) => Math.abs(this.x(s.step) - at));
+  nearest(x) {
+    const far = (step) => Math.abs(this.x(step.step) - x);
+    return this.steps.reduce((best, step, i) => (far(step) < far(this.steps[best]) ? i : best), 0);
+  }
+
+  read(step) {
     const evaluation = this.evaluations.filter((e) => e.step <= step.step).at(-1);
     const parts = [`Step ${step.step}`, `loss ${decimal(step.train_loss)}`];
     if (evaluation) parts.push(`validation ${decimal(evaluation.valid_loss)}`);
     if (Number.isFinite(step.learning_rate)) parts.push(`lr ${decimal(step.learning_rate)}`);
     if (Number.isFinite(step.grad_norm)) parts.push(`grad norm ${decimal(step.grad_norm)}`);
-    setText(this.reading, parts.join("  ·  "));
-    const cursor = this.chart.part("line", "cursor");
-    const x = this.x(step.step);
-    for (const name of ["x1", "x2"]) setAttribute(cursor, name, x);
-    setAttribute(cursor, "y1", MARGIN.top);
-    setAttribute(cursor, "y2", box.height - MARGIN.bottom);
-    this.element.classList.add("pointed");
+    return { text: parts.join("  ·  "), x: this.x(step.step) };
   }
-
-  leave() {
-    this.element.classList.remove("pointed");
-  }
-}
-
-function nearest(items, distance) {
-  return items.reduce((best, item) => (distance(item) < distance(best) ? item : best));
 }
 
 // Not many more than a point for each pixel, and always the last.

@@ -13,6 +13,9 @@ export function updateBar(bar, job, progress) {
   const share = job.status === "succeeded" ? 1 : progress ? progress.done / progress.total : 0;
   setAttribute(bar, "aria-valuenow", Math.round(share * 100));
   bar.dataset.status = job.status;
+  // It grows with its job, but does not run from one job's length to another's.
+  bar.classList.toggle("other", bar.dataset.job !== job.id);
+  bar.dataset.job = job.id;
   bar.firstChild.style.transform = `scaleX(${Math.min(1, share)})`;
 }
 

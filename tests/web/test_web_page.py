@@ -44,6 +44,7 @@ def tile(page: Page, label: str) -> str:
 def test_an_empty_server_says_what_to_do(open_page: OpenPage) -> None:
     page = open_page()
     expect(page.get_by_text("No jobs yet")).to_be_visible()
+    expect(page.get_by_role("heading", name="Train your first adapter")).to_be_visible()
     expect(page.get_by_text("Waiting for the engine")).to_be_visible()
     expect(page.locator("#connection")).to_have_text("Live")
     page.get_by_role("link", name="Library").click()
@@ -205,6 +206,11 @@ def test_the_iterations_show_how_they_were_shared(site: Site, open_page: OpenPag
     assert box is not None
     page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 60)
     expect(engine.locator(".reading")).to_contain_text("40 ms  ·  target 92 ms")
+    page.mouse.move(0, 0)
+    expect(engine.locator(".reading")).to_be_hidden()
+    engine.locator("svg").focus()
+    page.keyboard.press("ArrowLeft")  # the one before the last
+    expect(engine.locator(".reading")).to_contain_text("60 ms  ·  target 92 ms")
 
 
 def test_names_and_answers_are_text_and_never_markup(
@@ -377,9 +383,7 @@ def test_the_keyboard_is_enough(
     expect(page.get_by_role("heading", name="second")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
-    page.get_by_role("link", name="Library").focus()
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("button", name="New job")).to_be_focused()
+    page.get_by_role("button", name="New job").focus()
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -415,6 +419,28 @@ def test_a_phone_never_scrolls_sideways(
         page.locator(".job").tap()
         expect(page.get_by_role("link", name="All jobs")).to_be_visible()
         expect(page.locator(".list-card")).to_be_hidden()
+
+
+def test_nothing_jumps_while_a_job_goes_on(
+    site: Site, client: openai.OpenAI, upload: Upload, open_page: OpenPage
+) -> None:
+    job_id = site.create_job(client, upload(), suffix="orders")
+    site.server.store.claim_next_job()
+    page = open_page()
+    expect(page.get_by_role("heading", name="orders")).to_be_visible()
+    page.evaluate(
+        """() => {
+            window.jumps = [];
+            new PerformanceObserver((list) => {
+                for (const entry of list.getEntries()) window.jumps.push(entry.value);
+            }).observe({ type: "layout-shift" });
+        }"""
+    )
+    for step in range(1, 4):
+        site.step(job_id, step, 10, 2.0)
+        site.iterate()
+        expect(page.get_by_text(f"step {step} of 10")).to_be_visible()
+    assert page.evaluate("jumps.reduce((sum, jump) => sum + jump, 0)") < 0.005
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
