@@ -16,7 +16,7 @@ export class ApiError extends Error {
   }
 }
 
-export function address(path) {
+function address(path) {
   return new URL(`v1/${path}`, document.baseURI).href;
 }
 

@@ -115,9 +115,11 @@ export class IterationsPanel {
   drawTimes({ rows, left, slot, bar, frame, top, bottom }) {
     const { chart } = this;
     const targets = rows.map((i) => i.target_ms ?? 0);
-    const longest = Math.max(1, ...targets.map((t) => t * 1.3), quantile(rows.map((i) => i.duration_ms), 0.99));
+    const slow = quantile(rows.map((i) => i.duration_ms), 0.99) || 0;
+    const longest = Math.max(1, slow, ...targets.map((target) => target * 1.3));
     const y = linear(0, longest, bottom, top);
-    const marks = (rows.length ? ticks(0, longest, 3) : []).map((value) => ({ at: y(value), text: milliseconds(value) }));
+    const times = rows.length ? ticks(0, longest, 3) : [];
+    const marks = times.map((value) => ({ at: y(value), text: milliseconds(value) }));
     drawAxis(chart.part("g", "grid"), marks, frame);
     const column = (wanted, from, to) =>
       barPath(

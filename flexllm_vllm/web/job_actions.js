@@ -88,7 +88,7 @@ export async function deleteAdapter(name) {
 }
 
 function adapterProblem(error, what) {
-  const unknown = [404, 405].includes(error.status) && error.code === null;
+  const unknown = [404, 405].includes(error.status) && error.code !== "model_not_found";
   return unknown ? `This server does not offer to ${what} models.` : error.message;
 }
 

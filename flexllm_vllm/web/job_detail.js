@@ -140,14 +140,16 @@ export class JobDetail {
       setTile(finish, duration(seconds), `ended ${clock(job.finished_at ?? job.created_at)}`);
     } else {
       setText(finish.label, "Time left");
-      setTile(finish, finishText(job)?.replace(" left", "") ?? NONE, isRunning(job) ? finishClock(job) : "");
+      const left = finishText(job)?.replace(" left", "") ?? NONE;
+      setTile(finish, left, isRunning(job) ? finishClock(job) : "");
     }
     const first = steps[0]?.train_loss;
     setTile(loss, decimal(steps.at(-1)?.train_loss), steps.length ? `began at ${decimal(first)}` : "");
     const last = evaluations.at(-1);
     const accuracy = last?.valid_mean_token_accuracy;
     const note = Number.isFinite(accuracy) ? `${percent(accuracy)} of tokens right` : "";
-    setTile(valid, decimal(last?.valid_loss), last ? note : job.validation_file ? "not evaluated yet" : "no validation file");
+    const none = job.validation_file ? "not evaluated yet" : "no validation file";
+    setTile(valid, decimal(last?.valid_loss), last ? note : none);
   }
 }
 

@@ -4,7 +4,7 @@ import { getJson } from "./api.js";
 import { emptyState, h, reconcile, setAttribute, setText } from "./dom.js";
 import { EventLog } from "./events.js";
 import { isFinished, jobName, statusChip, updateChip } from "./job_states.js";
-import { progressBar, updateBar, updateSummary } from "./progress.js";
+import { progressBar, summary, updateBar } from "./progress.js";
 
 const PAGE = 30;
 
@@ -93,7 +93,7 @@ export class JobList {
     setText(name, jobName(job));
     setAttribute(name, "title", jobName(job));
     updateChip(chip, job);
-    updateSummary(line, job, progress);
+    setText(line, summary(job, progress));
     updateBar(bar, job, progress);
     bar.classList.toggle("off", isFinished(job) || !progress);
     setAttribute(link, "aria-current", job.id === this.selected ? "true" : null);

@@ -71,7 +71,8 @@ export class Library {
     const remove = button("Delete", (self) => this.removeFile(self, file, path));
     remove.classList.add("danger-text");
     const name = h("td.long", {}, h("span", {}, filename), h("small.mono", {}, id));
-    return h("tr", {}, name, h("td.meta", {}, bytes(file.bytes)), h("td.meta.age", {}), actions(...buttons, remove));
+    const size = h("td.meta", {}, bytes(file.bytes));
+    return h("tr", {}, name, size, h("td.meta.age", {}), actions(...buttons, remove));
   }
 
   async removeFile(self, file, path) {

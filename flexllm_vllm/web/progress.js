@@ -1,6 +1,6 @@
 // How far a job is: a bar, and a line of figures.
 
-import { h, setAttribute, setText } from "./dom.js";
+import { h, setAttribute } from "./dom.js";
 import { ago, clock, count, duration, remaining } from "./format.js";
 import { isFinished, isRunning } from "./job_states.js";
 
@@ -46,8 +46,4 @@ export function summary(job, progress) {
     if (job.status === "succeeded") parts.push(`took ${duration(seconds)}`);
   }
   return parts.filter(Boolean).join(" · ");
-}
-
-export function updateSummary(node, job, progress) {
-  setText(node, summary(job, progress));
 }

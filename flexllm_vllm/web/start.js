@@ -25,7 +25,7 @@ export function startHelp() {
       step(
         "Start a job",
         "Drop the file on this page, give the adapter a name, and start. The job trains in the " +
-          "room that requests leave free; they are answered as before.",
+          "room that requests leave free, within their latency target.",
       ),
       step(
         "Use it",

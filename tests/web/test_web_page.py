@@ -296,6 +296,22 @@ def test_files_are_downloaded_deleted_and_used_again(
     assert site.server.store.files.page()[0] == []
 
 
+def test_a_server_that_cannot_delete_models_says_so(
+    site: Site, client: openai.OpenAI, upload: Upload, open_page: OpenPage, tmp_path: Path
+) -> None:
+    routes = site.server.app.router.routes
+    routes[:] = [r for r in routes if not getattr(r, "path", "").startswith("/v1/models/")]
+    job_id = site.create_job(client, upload(), suffix="orders")
+    site.server.store.claim_next_job()
+    site.server.store.succeed(job_id, tmp_path)
+    page = open_page("#/library", allowed=("404 (Not Found)",))
+    models = page.get_by_role("region", name="Finetuned models")
+    models.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("does not offer to delete models")).to_be_visible()
+    expect(models).to_contain_text("ft:demo:local:orders:")
+
+
 def test_the_key_is_asked_for_and_kept_in_the_tab(
     site: Site,
     client: openai.OpenAI,
@@ -457,8 +473,19 @@ def test_text_has_contrast(
     page = open_page(f"#/jobs/{job_id}", color_scheme=theme)
     expect(page.locator(".job")).to_have_count(3)
     expect(page.locator(".detail .chip")).to_be_visible()
-    low = page.evaluate((Path(__file__).parent / "contrast.js").read_text())
-    assert low == []
+    low_contrast = (Path(__file__).parent / "contrast.js").read_text()
+    assert page.evaluate(low_contrast) == []
+    page.get_by_role("button", name="New job").click()
+    assert page.evaluate(low_contrast) == []
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Library").click()
+    expect(page.get_by_text("data.jsonl").first).to_be_visible()
+    assert page.evaluate(low_contrast) == []
+    page.get_by_role("link", name="Chat").click()
+    page.get_by_label("Message to both models").fill("Hi")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer-note").last).to_contain_text("3 tokens")
+    assert page.evaluate(low_contrast) == []
 
 
 def test_the_shell_is_strict_and_holds_no_data(site: Site) -> None:
