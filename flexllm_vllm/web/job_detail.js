@@ -147,7 +147,8 @@ export class JobDetail {
     setTile(loss, decimal(steps.at(-1)?.train_loss), steps.length ? `began at ${decimal(first)}` : "");
     const last = evaluations.at(-1);
     const accuracy = last?.valid_mean_token_accuracy;
-    const note = Number.isFinite(accuracy) ? `${percent(accuracy)} of tokens right` : "";
+    const what = job.method?.type === "dpo" ? "pairs" : "tokens";
+    const note = Number.isFinite(accuracy) ? `${percent(accuracy)} of ${what} right` : "";
     const none = job.validation_file ? "not evaluated yet" : "no validation file";
     setTile(valid, decimal(last?.valid_loss), last ? note : none);
   }

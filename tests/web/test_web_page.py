@@ -120,6 +120,7 @@ def test_the_loss_of_a_running_job_grows_live(
     expect(line).to_have_attribute("d", re.compile(r"^M[^L]+(L[^L]+){149}$"))
     expect(page.locator(".valid-dots circle")).to_have_count(1)
     assert tile(page, "Validation") == "0.250"
+    expect(page.get_by_text("90% of tokens right")).to_be_visible()
     expect(page.locator(".job-line")).to_contain_text("150 / 200 · 210 tok/s")
     site.server.store.succeed(job_id, job.adapter_path)
     expect(page.locator(".detail .chip")).to_have_text("Succeeded")
