@@ -19,6 +19,7 @@ from flexllm_vllm.api import (
     iterations,
     unsupported,
     uploads,
+    web,
     webhooks,
 )
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
@@ -41,9 +42,11 @@ _BEARER = HTTPBearer(auto_error=False, description="A key of --api-key or of the
 
 
 def attach_routes(app: FastAPI) -> None:
-    """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects."""
+    """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects, except the web page,
+    which holds no data."""
     for module in (files, uploads, fine_tuning, fine_tunes, iterations, webhooks, unsupported):
         app.include_router(module.router, dependencies=[Security(_BEARER)])
+    app.include_router(web.router)
     attach_unmatched(app)
 
 
