@@ -1,32 +1,41 @@
 """What a finetuning job is, and the store that the API and the engine share."""
 
 from flexllm_vllm.jobs.errors import (
+    AdapterInUseError,
     AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
     JobNotFoundError,
     JobStateError,
+    MergeNotFoundError,
     StoreVersionError,
+    TooManyMergesError,
 )
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
+    AdapterMerge,
     Checkpoint,
     FinetuningJob,
     JobError,
     JobEvent,
     JobStatus,
     LoraSpec,
+    MergeSpec,
+    MergeStatus,
     NewEvent,
     NewJob,
     ServedAdapter,
     StoredFile,
     TrainingSpec,
+    WeightedAdapter,
 )
 
 __all__ = [
     "TARGET_MODULES",
+    "AdapterInUseError",
+    "AdapterMerge",
     "AdapterNotFoundError",
     "Checkpoint",
     "CursorNotFoundError",
@@ -40,10 +49,15 @@ __all__ = [
     "JobStatus",
     "JobStore",
     "LoraSpec",
+    "MergeNotFoundError",
+    "MergeSpec",
+    "MergeStatus",
     "NewEvent",
     "NewJob",
     "ServedAdapter",
     "StoreVersionError",
     "StoredFile",
+    "TooManyMergesError",
     "TrainingSpec",
+    "WeightedAdapter",
 ]

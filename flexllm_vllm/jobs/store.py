@@ -5,6 +5,7 @@ Layout below ``root``, readable by its owner alone::
     store.db                  jobs, events, files, adapters (schema.py)
     files/<file id>           what was uploaded
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
+    adapters/<id>             PEFT folders that were imported or merged
     engines/<engine id>       locks of living engines (owner.py)
 
 Everything may be called from any thread. Each process opens a store of its own.
@@ -18,13 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Row, String, Table, cast, func, insert, select
+from sqlalchemy import Connection, Row, String, Table, cast, func, insert, select
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
-from flexllm_vllm.jobs.errors import CursorNotFoundError, FileNotStoredError, JobStateError
+from flexllm_vllm.jobs.errors import (
+    AdapterNotFoundError,
+    CursorNotFoundError,
+    FileNotStoredError,
+    JobStateError,
+)
 from flexllm_vllm.jobs.files import FileStore
+from flexllm_vllm.jobs.merges import MergeStore
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
@@ -66,7 +73,10 @@ class JobStore(JobQueue):
         database = Database(root / "store.db")
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
         self.files = FileStore(database, root / "files")
+        self.adapters_folder = root / "adapters"
+        self.adapters_folder.mkdir(mode=0o700, exist_ok=True)
         self.adapters = AdapterStore(database)
+        self.merges = MergeStore(database)
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
 
@@ -88,16 +98,26 @@ class JobStore(JobQueue):
 
         Raises:
             FileNotStoredError: one of its files was deleted meanwhile.
+            AdapterNotFoundError: the adapter to continue from was.
         """
         with self._database.write() as connection:
             for wanted in filter(None, (job.training_file, job.validation_file)):
                 file_id = select(schema.files.c.id).where(schema.files.c.id == wanted)
                 if connection.scalar(file_id) is None:
                     raise FileNotStoredError(wanted)
+            self._check_init_adapter(connection, job)
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)
+
+    def _check_init_adapter(self, connection: Connection, job: NewJob) -> None:
+        path = job.init_adapter_path
+        if path is None or not Path(path).is_relative_to(self.root):
+            return  # an adapter of --lora-modules is none of ours
+        adapters = schema.adapters
+        if connection.scalar(select(adapters.c.seq).where(adapters.c.path == path)) is None:
+            raise AdapterNotFoundError(job.lora.init_from or path)
 
     def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
         """The job of this id; ``organization_id`` limits the look to one tenant, here and below.
@@ -288,6 +308,10 @@ class JobStore(JobQueue):
             query = "SELECT coalesce(max(seq), 0), count(*) FROM adapters"
             newest, count = self._watch.execute(query).fetchone()
             return newest, count
+
+    def other_engines(self) -> int:
+        """How many engine processes, of whatever server, work on this store beside this process."""
+        return len(self._owner.others())
 
     # -- life ------------------------------------------------------------------------------------
 
