@@ -15,8 +15,8 @@ from flexllm_vllm.patches import require
 
 
 def apply() -> None:
-    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations`` and
-    ``finetuning_stats``; once."""
+    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations``,
+    ``finetuning_stats`` and ``finetuning_adapters_in_use``; once."""
     from vllm.v1.engine.core import EngineCoreProc
 
     run = require(EngineCoreProc, "run_busy_loop")
@@ -41,7 +41,11 @@ def apply() -> None:
     def finetuning_stats(self: Any) -> dict[str, Any]:
         return {"engine": self.engine_index, **self.scheduler.finetuning_stats()}
 
+    def finetuning_adapters_in_use(self: Any) -> list[int]:
+        return self.scheduler.finetuning_adapters_in_use()
+
     run_attached._finetuning = True  # type: ignore[attr-defined]
     EngineCoreProc.run_busy_loop = run_attached
     EngineCoreProc.finetuning_iterations = finetuning_iterations
     EngineCoreProc.finetuning_stats = finetuning_stats
+    EngineCoreProc.finetuning_adapters_in_use = finetuning_adapters_in_use

@@ -229,6 +229,11 @@ class FinetuningScheduler(Scheduler):
             margin=model.margin,
         )
 
+    def finetuning_adapters_in_use(self) -> list[int]:
+        """vLLM's ids of the adapters that requests, waiting or running, have named."""
+        loras = (request.lora_request for request in self.requests.values())
+        return sorted({lora.lora_int_id for lora in loras if lora is not None})
+
     def _record(self, output: Any) -> None:
         started, began = self._iteration_began
         plan = output.finetuning if isinstance(output, FinetuningSchedulerOutput) else None
