@@ -22,11 +22,19 @@ class BaseLinears:
     """The linears of all decoder layers, which have one shape each.
 
     Attributes:
-        linears: by the last component of their path.
+        linears: by the last component of their path, in the order in which the model has them.
     """
 
     num_layers: int
     linears: dict[str, LinearShape]
+
+    def paths(self) -> list[str]:
+        """Paths of all of them in the model, in its order."""
+        return [
+            f"model.layers.{layer}.{linear.path}"
+            for layer in range(self.num_layers)
+            for linear in self.linears.values()
+        ]
 
     def adapter_bytes(self, r: int) -> int:
         """Size of an adapter of rank ``r`` on all of them in float32, without its header."""

@@ -10,7 +10,8 @@ class MergeJob:
     """A merge, by the folders of its adapters; see :class:`flexllm_vllm.jobs.types.MergeSpec`.
 
     Attributes:
-        num_layers: decoder layers of the base model.
+        modules: paths of all linears of the base model, in its order.
+        num_layers: its decoder layers.
         result: the folder to write, which exists and is empty.
     """
 
@@ -21,6 +22,7 @@ class MergeJob:
     svd_rank: int | None
     majority_sign_method: str
     seed: int
+    modules: list[str]
     num_layers: int
     result: str
 

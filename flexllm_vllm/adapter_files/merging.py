@@ -45,7 +45,7 @@ def merge(job: MergeJob) -> None:
     for name, adapter in zip(names, adapters, strict=True):
         config = _peft_config(adapter)
         if model is None:
-            model = get_peft_model(_linears(adapters), config, adapter_name=name)
+            model = get_peft_model(_linears(job, adapters), config, adapter_name=name)
         else:
             model.add_adapter(name, config)
         set_peft_model_state_dict(model, adapter.tensors, adapter_name=name)
@@ -95,25 +95,27 @@ def _peft_config(adapter: _Adapter) -> Any:
     )
 
 
-def _linears(adapters: list[_Adapter]) -> torch.nn.Module:
-    """The linears of all adapters, at their paths. Their weights are one number each, expanded."""
+def _linears(job: MergeJob, adapters: list[_Adapter]) -> torch.nn.Module:
+    """The linears of all adapters, at their paths and in the order of the model, which is that of
+    what DARE draws. Their weights are one number each, expanded."""
     root = torch.nn.Module()
-    for adapter in adapters:
-        for path in adapter.modules:
-            a = adapter.tensors[f"base_model.model.{path}.lora_A.weight"]
-            b = adapter.tensors[f"base_model.model.{path}.lora_B.weight"]
-            *parents, name = path.split(".")
-            module = root
-            for parent in parents:
-                if not hasattr(module, parent):
-                    module.add_module(parent, torch.nn.Module())
-                module = getattr(module, parent)
-            if not hasattr(module, name):
-                linear = torch.nn.Linear(1, 1, bias=False)
-                linear.in_features, linear.out_features = a.shape[1], b.shape[0]
-                weight = torch.zeros(1).expand(b.shape[0], a.shape[1])
-                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-                module.add_module(name, linear)
+    for path in job.modules:
+        tensors = next((a.tensors for a in adapters if path in a.modules), None)
+        if tensors is None:
+            continue
+        in_features = tensors[f"base_model.model.{path}.lora_A.weight"].shape[1]
+        out_features = tensors[f"base_model.model.{path}.lora_B.weight"].shape[0]
+        linear = torch.nn.Linear(1, 1, bias=False)
+        linear.in_features, linear.out_features = in_features, out_features
+        weight = torch.zeros(1).expand(out_features, in_features)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        *parents, name = path.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        module.add_module(name, linear)
     return root
 
 
@@ -136,7 +138,9 @@ def _save(job: MergeJob, tensors: dict[str, torch.Tensor], r: int, base_model: s
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: a thread that holds its lock when the interpreter ends aborts the process.
+    while os.read(0, 1024):
+        pass
     os._exit(1)
 
 
@@ -148,7 +152,9 @@ def main() -> None:
     try:
         merge(MergeJob.read(Path(sys.argv[1])))
     except Exception as error:
-        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        # Of a file that cannot be read, not where it lies.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        print(" ".join((reason or "").split()) or type(error).__name__, file=sys.stderr)
         raise SystemExit(1) from None
 
 
