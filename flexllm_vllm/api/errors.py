@@ -15,12 +15,15 @@ from starlette.exceptions import HTTPException
 
 from flexllm_vllm.data.errors import DataError, UnsupportedTokenizerError
 from flexllm_vllm.jobs.errors import (
+    AdapterInUseError,
     AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
     FileNotStoredError,
     JobNotFoundError,
     JobStateError,
+    MergeNotFoundError,
+    TooManyMergesError,
 )
 from flexllm_vllm.log import get_logger
 
@@ -93,6 +96,12 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(404, str(error), param)
         case AdapterNotFoundError():
             return ApiError(404, str(error), "model", "model_not_found")
+        case AdapterInUseError():
+            return ApiError(409, str(error), "model", "adapter_in_use")
+        case MergeNotFoundError():
+            return ApiError(404, str(error), "merge_id")
+        case TooManyMergesError():
+            return ApiError(429, str(error), None, "too_many_merges")
         case CursorNotFoundError():
             return invalid(str(error), "after")
         case FileInUseError():

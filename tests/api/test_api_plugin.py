@@ -4,6 +4,7 @@ engine is a stand-in."""
 import asyncio
 import io
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from transformers import LlamaConfig
 from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -44,7 +46,7 @@ class Engine:
         self.model_config = SimpleNamespace(
             max_model_len=512,
             model="path/to/demo",
-            hf_text_config=SimpleNamespace(num_hidden_layers=30),
+            hf_text_config=LlamaConfig(num_hidden_layers=30),
         )
         config = FinetuningConfig(dir=root, activation_cache_tokens=128)
         self.vllm_config = SimpleNamespace(
@@ -53,10 +55,19 @@ class Engine:
         self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
         self.input_processor = None
         self.engine_core = self
+        self.unloaded: list[int] = []
 
     async def call_utility_async(self, method: str, last: int) -> list[dict[str, int]]:
         assert method == "finetuning_iterations"
         return [{"decode_tokens": last}]
+
+    async def call_utility_all_async(self, method: str) -> list[list[int]]:
+        assert method == "finetuning_adapters_in_use"
+        return [[]]
+
+    async def remove_lora(self, int_id: int) -> bool:
+        self.unloaded.append(int_id)
+        return True
 
 
 def api_server(root: Path, tokenizer: Any = None) -> FastAPI:
@@ -121,6 +132,21 @@ def test_a_finished_adapter_is_served_by_every_api_process(
     assert (card.id, card.created, card.to_dict()["parent"]) == (name, created, "demo")
 
 
+def test_a_deleted_adapter_is_unloaded_and_served_by_no_process(
+    served: tuple[FastAPI, str], tmp_path: Path
+) -> None:
+    app, url = served
+    other = api_server(tmp_path)
+    with JobStore(tmp_path) as store:
+        adapter = store.adapters.add("ft:demo:local::a", tmp_path / "a", "demo", "import")
+    models = [process.state.openai_serving_models for process in (app, other)]
+    assert all(adapter.name in served.lora_requests for served in models)
+    assert client_of(url).models.delete(adapter.name).deleted
+    assert all(list(served.lora_requests) == ["static"] for served in models)
+    assert models[0].engine_client.unloaded == [adapter.int_id]
+    assert app.state.finetuning_adapters.base.adapter_bytes(1) == 4 * 30 * 78_080
+
+
 def test_adapters_of_another_model_are_not_served(tmp_path: Path) -> None:
     with JobStore(tmp_path) as store:
         file = store.files.create(io.BytesIO(LINE), "a", "fine-tune")
@@ -136,9 +162,9 @@ def test_adapters_of_another_model_are_not_served(tmp_path: Path) -> None:
 def test_the_api_key_protects_all_routes(served: tuple[FastAPI, str]) -> None:
     app, url = served
     ours = [route for route in app.routes if "finetuning" in getattr(route, "tags", [])]
-    assert len(ours) == 19
+    assert len(ours) == 29
     for route in ours:
-        path = route.path.format(file_id="x", job_id="x") if "{" in route.path else route.path
+        path = re.sub(r"{.*?}", "x", route.path)
         for method in route.methods:
             assert httpx.request(method, url + path).status_code == 401
 
