@@ -3,11 +3,11 @@
 A worker loads an adapter when a batch first holds a request for it, and again after it was pushed
 out by others; an adapter that cannot be loaded then ends the engine. So a folder goes only when
 
-- the adapter was deleted :data:`GRACE_S` ago: a request that had found its name before has reached
-  the engine by then, since no API process finds the name any more;
-- the engine has no request for it, waiting or running;
+- the adapter was deleted :data:`GRACE_S` ago: requests that had found its name before are served;
 - no job that has not finished continues from it or has written it;
-- no other engine works on the same store: what it runs is not known here.
+- no other engine works on the same store: what it runs is not known here;
+- the engine has no request for it, waiting or running, asked again after the folder was closed
+  (``jobs/adapter_folder.py``): a late request gets an error.
 
 What is to be removed stands in the store, so that a later server goes on with it.
 """
@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from flexllm_vllm.jobs.adapter_folder import close_folder, remove_folder
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import DeletedAdapter
 from flexllm_vllm.log import get_logger
@@ -59,7 +60,7 @@ class AdapterRemover:
         """Free the slot and memory of an adapter at once, if no request needs it. One that is in
         use would only be loaded again."""
         try:
-            if not any(int_id in in_use for in_use in await self._adapters_in_use()):
+            if not await self._is_in_use(int_id):
                 await self._unload(int_id)
         except Exception:  # it is asked again before the folder goes
             logger.exception("the engine did not unload adapter %d", int_id)
@@ -98,16 +99,23 @@ class AdapterRemover:
         if await asyncio.to_thread(self._store.other_engines) > len(engines):
             return
         for adapter in due:
-            if not any(adapter.int_id in in_use for in_use in engines):
-                await self._unload(adapter.int_id)
-                await asyncio.to_thread(self._remove, adapter)
+            await self._remove(adapter)
 
-    def _remove(self, adapter: DeletedAdapter) -> None:
+    async def _remove(self, adapter: DeletedAdapter) -> None:
+        if await self._is_in_use(adapter.int_id):
+            return
         # A row says where; what lies elsewhere is not ours to remove.
-        if adapter.path != self._store.root and adapter.path.is_relative_to(self._store.root):
-            with suppress(FileNotFoundError):  # another process was faster
-                shutil.rmtree(adapter.path)
-        self._store.adapters.forget_deleted(adapter)
+        root = self._store.root
+        if adapter.path != root and adapter.path.is_relative_to(root):
+            await asyncio.to_thread(close_folder, adapter.path)
+            if await self._is_in_use(adapter.int_id):
+                return
+            await self._unload(adapter.int_id)
+            await asyncio.to_thread(remove_folder, adapter.path)
+        await asyncio.to_thread(self._store.adapters.forget_deleted, adapter)
+
+    async def _is_in_use(self, int_id: int) -> bool:
+        return any(int_id in in_use for in_use in await self._adapters_in_use())
 
     def _remove_leftovers(self) -> None:
         """What imports and merges of dead processes have left."""

@@ -14,6 +14,8 @@ from openai.types import Model, ModelDeleted
 from peft_adapters import save_random_adapter
 from vllm.entrypoints.serve.engine.serving import BaseServing
 
+from flexllm_vllm.api import adapter_removal
+
 Upload = Callable[..., str]
 SLASHED = "ft:org/demo:local:orders.v2:aB3dE5gH"
 
@@ -144,10 +146,33 @@ def test_the_folder_stays_while_a_request_may_load_it(
     time.sleep(0.3)
     assert (folder / "adapter_model.safetensors").exists()
     assert server.engine.unloaded == []
+    assert not (folder / ".deleted").exists()
     server.engine.in_use.clear()
     wait_for(lambda: not folder.exists())
     assert server.engine.unloaded == [int_id]
     wait_for(lambda: server.store.adapters.removable(int(time.time())) == [])
+
+
+def test_a_request_that_comes_last_keeps_the_folder(
+    server: Any, client: openai.OpenAI, add: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has reached the engine between the question and the closing of the folder."""
+    folder = add(SLASHED)
+    int_id = server.store.adapters.get(SLASHED).int_id
+    close = adapter_removal.close_folder
+
+    def close_late(path: Path) -> None:
+        if not (path / ".deleted").exists():
+            server.engine.in_use.add(int_id)
+        close(path)
+
+    monkeypatch.setattr(adapter_removal, "close_folder", close_late)
+    client.models.delete(SLASHED)
+    wait_for((folder / ".deleted").exists)
+    time.sleep(0.2)
+    assert (folder / "adapter_model.safetensors").exists()
+    server.engine.in_use.clear()
+    wait_for(lambda: not folder.exists())
 
 
 def test_the_folder_stays_while_another_server_has_the_store(
