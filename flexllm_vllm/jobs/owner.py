@@ -49,9 +49,9 @@ class EngineOwner:
         return False
 
     def others(self) -> list[str]:
-        """Ids of the other engines that live on this store.
+        """Ids of the other processes that hold a lock in this folder.
 
-        Looks without taking a lock: an engine may be about to take it.
+        Looks without taking a lock: its owner may be about to take it.
         """
         ids = (path.name for path in self._folder.iterdir())
         return [engine for engine in ids if engine != self.id and _is_locked(self._folder / engine)]

@@ -7,6 +7,7 @@ Layout below ``root``, readable by its owner alone::
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
     adapters/<id>             PEFT folders that were imported or merged
     engines/<engine id>       locks of living engines (owner.py)
+    serving/<engine id>       likewise, of those that serve the adapters
 
 Everything may be called from any thread. Each process opens a store of its own.
 """
@@ -72,6 +73,7 @@ class JobStore(JobQueue):
         jobs_folder.mkdir(mode=0o700, exist_ok=True)
         database = Database(root / "store.db")
         super().__init__(database, jobs_folder, EngineOwner(root / "engines"))
+        self._serving = EngineOwner(root / "serving")
         self.files = FileStore(database, root / "files")
         self.adapters_folder = root / "adapters"
         self.adapters_folder.mkdir(mode=0o700, exist_ok=True)
@@ -309,9 +311,14 @@ class JobStore(JobQueue):
             newest, count = self._watch.execute(query).fetchone()
             return newest, count
 
+    def announce_engine(self) -> None:
+        """This process is an engine that serves the adapters of this store, until it ends."""
+        self._serving.hold()
+
     def other_engines(self) -> int:
-        """How many engine processes, of whatever server, work on this store beside this process."""
-        return len(self._owner.others())
+        """How many engines, of whatever server, serve the adapters of this store beside this
+        process."""
+        return len(self._serving.others())
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -321,6 +328,7 @@ class JobStore(JobQueue):
             self._watch.close()
         self._database.close()
         self._owner.release()
+        self._serving.release()
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,7 @@
 """Adapters in the store: deletion, and when a folder may go."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,3 +117,36 @@ def test_adapters_have_pages(store: JobStore, tmp_path: Path) -> None:
     assert page(organization_id="odd") == (["ft:3", "ft:1"], False)
     with pytest.raises(CursorNotFoundError):
         page(after="ft:x")
+
+
+ANNOUNCE_AND_SLEEP = """
+import sys, time
+from pathlib import Path
+from flexllm_vllm.jobs import JobStore
+store = JobStore(Path(sys.argv[1]))
+store.announce_engine()
+print("here", flush=True)
+time.sleep(60)
+"""
+
+
+def test_engines_on_the_store_are_counted_while_they_live(store: JobStore) -> None:
+    store.claim_next_job()
+    store.announce_engine()  # not itself
+    assert store.other_engines() == 0
+    engine = subprocess.Popen(
+        [sys.executable, "-c", ANNOUNCE_AND_SLEEP, str(store.root)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        text=True,
+    )
+    assert engine.stdout is not None
+    try:
+        assert engine.stdout.readline() == "here\n"
+        assert store.other_engines() == 1
+        assert store.other_engines() == 1  # looking takes nothing from it
+    finally:
+        engine.kill()
+        engine.wait()
+        engine.stdout.close()
+    assert store.other_engines() == 0
