@@ -106,12 +106,15 @@ def _adapter_service(
         call = engine_client.engine_core.call_utility_all_async
         return [set(ids) for ids in await call("finetuning_adapters_in_use")]
 
+    async def unload(int_id: int) -> bool:
+        return bool(await engine_client.remove_lora(int_id))
+
     return AdapterService(
         store=store,
         base_models=base_models,
         base=base,
         max_lora_rank=max_lora_rank,
-        remover=AdapterRemover(store, in_use, engine_client.remove_lora),
+        remover=AdapterRemover(store, in_use, unload),
         merger=Merger(store, base, max_lora_rank),
     )
 

@@ -96,7 +96,7 @@ def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterSe
     models.lora_requests["static"] = LoRARequest("static", 1, "path/to/static")
     serve_adapters(models, store)
     app.state.openai_serving_models = models
-    app.include_router(models_router)
+    app.include_router(models_router, include_in_schema=False)  # it is not ours
     return AdapterService(
         store=store,
         base_models=("demo", "alias"),
