@@ -81,10 +81,7 @@ async def import_adapter(
 
             def write(piece: memoryview) -> None:
                 _check_size(file.tell() + len(piece), limit)
-                try:
-                    file.write(piece)
-                except OSError as error:
-                    raise _write_error(error) from error
+                file.write(piece)
 
             form = await read_form(request, "file", ("suffix",), write)
         return await asyncio.to_thread(
@@ -92,6 +89,11 @@ async def import_adapter(
                 service.import_archive(partial, form.fields.get("suffix"), tenant)
             )
         )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = "The disk of this server is full"
+        raise ApiError(507, message, None, "insufficient_storage") from error
     finally:
         await asyncio.to_thread(remove_path, partial)
 
@@ -144,9 +146,3 @@ def _check_size(size: int, limit: int) -> None:
     if size > limit:
         message = f"The archive is above this server's limit of {limit} bytes"
         raise ApiError(413, message, "file", "too_large")
-
-
-def _write_error(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ApiError(507, "The disk of this server is full.", None, "insufficient_storage")
-    return error

@@ -44,7 +44,8 @@ class Merger:
     """Merges as one API process does them.
 
     Args:
-        base: the linears of the base model.
+        base_models: served names of the base model; merges for others are left to other servers.
+        base: its linears.
         max_lora_rank: of what can be served.
         poll_s: seconds between looks for changes of the store.
         lease_s: seconds that a merge stays ours without a sign of life.
@@ -53,12 +54,14 @@ class Merger:
     def __init__(
         self,
         store: JobStore,
+        base_models: tuple[str, ...],
         base: BaseLinears,
         max_lora_rank: int,
         poll_s: float = POLL_S,
         lease_s: int = LEASE_S,
     ) -> None:
         self._store = store
+        self._base_models = base_models
         self._base = base
         self._max_lora_rank = max_lora_rank
         self._poll_s = poll_s
@@ -89,9 +92,9 @@ class Merger:
 
     def _claim(self) -> AdapterMerge | None:
         # A look without the store's write lock first: mostly there is nothing to do.
-        if not self._store.merges.any_unfinished():
+        if not self._store.merges.any_unfinished(self._base_models):
             return None
-        return self._store.merges.claim(self._lease_s)
+        return self._store.merges.claim(self._lease_s, self._base_models)
 
     async def _do(self, merge: AdapterMerge) -> None:
         logger.info("merge %s begins: %s", merge.id, merge.name)

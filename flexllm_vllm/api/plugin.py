@@ -115,7 +115,7 @@ def _adapter_service(
         base=base,
         max_lora_rank=max_lora_rank,
         remover=AdapterRemover(store, in_use, unload),
-        merger=Merger(store, base, max_lora_rank),
+        merger=Merger(store, base_models, base, max_lora_rank),
     )
 
 

@@ -4,6 +4,7 @@ A process that dies leaves a lease that ends; then another one begins the merge 
 was taken for dead and comes back finds its claim gone, and its result is thrown away.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,24 @@ class MergeStore:
 
     # -- for the process that does them ----------------------------------------------------------
 
-    def any_unfinished(self) -> bool:
-        """Whether there is anything to do, or to wait for; some microseconds."""
-        table = schema.merges
-        query = select(table.c.seq).where(table.c.status.in_(_UNFINISHED)).limit(1)
+    def any_unfinished(self, models: Collection[str] | None = None) -> bool:
+        """Whether there is anything to do, or to wait for, without the store's write lock."""
         with self._database.read() as connection:
-            return connection.scalar(query) is not None
+            return bool(_unfinished(connection, models))
 
-    def claim(self, lease_s: int = LEASE_S) -> AdapterMerge | None:
+    def claim(
+        self, lease_s: int = LEASE_S, models: Collection[str] | None = None
+    ) -> AdapterMerge | None:
         """The oldest merge that nobody works on, now running and ours. None if there is none, or
-        while another one runs: they are done one at a time on a server.
+        while another one runs: they are done one at a time.
 
-        One that was begun ``MAX_ATTEMPTS`` times fails: it may be what ends the server.
+        ``models`` limits it to merges of adapters of these served names. One that was begun
+        ``MAX_ATTEMPTS`` times fails: it may be what ends the server.
         """
         table = schema.merges
         at = now()
-        unfinished = select(table).where(table.c.status.in_(_UNFINISHED)).order_by(table.c.seq)
         with self._database.write() as connection:
-            rows = connection.execute(unfinished).all()
+            rows = _unfinished(connection, models)
             if any(row.claimed_until is not None and row.claimed_until > at for row in rows):
                 return None
             for row in rows:
@@ -196,6 +197,14 @@ def _row(connection: Connection, merge_id: str, organization_id: str | None = No
     if row is None:
         raise MergeNotFoundError(merge_id)
     return row
+
+
+def _unfinished(connection: Connection, models: Collection[str] | None) -> list[Row[Any]]:
+    """Rows of merges for these models that have not ended, oldest first."""
+    table = schema.merges
+    query = select(table).where(table.c.status.in_(_UNFINISHED)).order_by(table.c.seq)
+    rows = connection.execute(query).all()
+    return [row for row in rows if models is None or row.request["base_model"] in models]
 
 
 def _change(connection: Connection, merge: AdapterMerge, **values: Any) -> bool:

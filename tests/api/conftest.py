@@ -105,7 +105,7 @@ def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterSe
         remover=AdapterRemover(
             store, engine.adapters_in_use, engine.remove_lora, grace_s=0, poll_s=0.05
         ),
-        merger=Merger(store, base, 32, poll_s=0.05),
+        merger=Merger(store, ("demo", "alias"), base, 32, poll_s=0.05),
     )
 
 

@@ -1,5 +1,6 @@
 """Import, export, list and delete adapters over HTTP."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,8 @@ import torch
 from peft_adapters import archive_of, logits, save_random_adapter
 from safetensors.torch import load_file, save_file
 from vllm.lora.peft_helper import PEFTHelper
+
+from flexllm_vllm.api import adapter_service
 
 Import = Callable[..., httpx.Response]
 
@@ -195,6 +198,18 @@ def test_a_large_archive_is_refused(
     for size in (150_000, 400_000):  # found while it is read, and before
         error = refused(bring(bytes(size)), 413)
         assert "limit of 100000 bytes" in error["message"]
+    assert left(server) == []
+
+
+def test_a_full_disk_is_said(
+    server: Any, bring: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(adapter_service, "extract_adapter", full)
+    source = save_random_adapter(tmp_path / "source", target_modules=["q_proj"])
+    assert refused(bring(archive_of(source)), 507)["code"] == "insufficient_storage"
     assert left(server) == []
 
 

@@ -124,7 +124,7 @@ def test_a_merge_of_a_dead_server_is_done_by_the_next(
 ) -> None:
     spec = MergeSpec((WeightedAdapter(A, 1.0), WeightedAdapter(B, 1.0)), "linear")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.store.merges, "any_unfinished", lambda: False)
+        patch.setattr(server.store.merges, "any_unfinished", lambda _: False)
         server.store.merges.create("ftmerge-x", "ft:demo:local::x", "demo", spec)
         assert server.store.merges.claim(lease_s=0) is not None  # by one that died
         start_server()
@@ -136,7 +136,7 @@ def test_a_server_that_ends_lets_its_merge_go(
     server: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process of PEFT ends with it, and what it has written goes."""
-    monkeypatch.setattr(server.store.merges, "any_unfinished", lambda: False)
+    monkeypatch.setattr(server.store.merges, "any_unfinished", lambda _: False)
     processes: list[Any] = []
     start = merger_module._start
 
@@ -150,7 +150,7 @@ def test_a_server_that_ends_lets_its_merge_go(
     server.store.merges.create("ftmerge-x", "ft:demo:local::x", "demo", spec)
 
     async def run(store: JobStore) -> None:
-        async with Merger(store, server.adapters.base, 32, poll_s=0.01).running():
+        async with Merger(store, ("demo",), server.adapters.base, 32, poll_s=0.01).running():
             while not processes:
                 await asyncio.sleep(0.01)
 

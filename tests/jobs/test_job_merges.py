@@ -123,3 +123,11 @@ def test_a_merge_belongs_to_its_organization(store: JobStore) -> None:
     assert store.merges.page(organization_id="other") == ([], False)
     with pytest.raises(MergeNotFoundError):
         store.merges.get("ftmerge-ft:c", "other")
+
+
+def test_a_merge_for_another_model_is_left_to_its_server(store: JobStore) -> None:
+    create(store)
+    assert not store.merges.any_unfinished(["other"])
+    assert store.merges.claim(models=["other"]) is None
+    assert store.merges.any_unfinished(["demo", "alias"])
+    assert claim(store, models=["demo", "alias"]).name == "ft:c"
