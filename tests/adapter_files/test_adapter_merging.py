@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft_adapters import TINY_LLAMA, logits, save_random_adapter, tiny_llama
+from peft_adapters import TARGETS, TINY_LLAMA, logits, save_random_adapter, tiny_llama
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 
 from flexllm_vllm.adapter_files.base_linears import llama_linears
 from flexllm_vllm.adapter_files.check import check_adapter
@@ -44,6 +46,19 @@ def deltas(model: PeftModel, adapter: str) -> Deltas:
         name: module.get_delta_weight(adapter)
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight") and adapter in module.lora_A
+    }
+
+
+def vllm_deltas(folder: Path) -> Deltas:
+    """The same, as vLLM loads the adapter."""
+    helper = PEFTHelper.from_local_dir(str(folder), None)
+    model = LoRAModel.from_local_checkpoint(
+        str(folder), set(TARGETS), helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    return {
+        name: lora.lora_b @ lora.lora_a * lora.scaling
+        for name, lora in model.loras.items()
+        if lora.lora_a is not None and lora.lora_b is not None
     }
 
 
@@ -121,6 +136,9 @@ def test_different_adapters_are_summed(tmp_path: Path) -> None:
         for name, delta in deltas(model, str(i)).items():
             expected[name] = expected.get(name, torch.zeros_like(delta)) + weight * delta
     assert_equal(deltas(loaded([result]), "0"), expected)
+    assert_equal(
+        {f"base_model.model.{name}": delta for name, delta in vllm_deltas(result).items()}, expected
+    )
 
 
 @pytest.mark.parametrize(
