@@ -3,9 +3,9 @@
 The finetuning scheduler must know when the engine is shutting down (finetuning is no work to wait
 for then, but a checkpoint is written in the end), must wake it when a job arrives while it sleeps,
 and has a record of its iterations and counters that the API asks for. It refuses a request for an
-adapter that was deleted, as it arrives: to load it would end the engine. Why a patch: a scheduler is
-given no reference to its engine, the engine answers only to its own methods, and a scheduler cannot
-refuse a request.
+adapter that was deleted, as it arrives: to load it would end the engine. Why a patch: a scheduler
+is given no reference to its engine, the engine answers only to its own methods, and a scheduler
+cannot refuse a request.
 Fits vLLM 0.32 (``vllm/v1/engine/core.py``). Applied when the scheduler is imported, so only in
 engines that finetune; raises there if the loop is gone.
 """

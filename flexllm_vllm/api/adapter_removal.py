@@ -4,7 +4,8 @@ A worker loads an adapter when a batch first holds a request for it, and again a
 out by others; an adapter that cannot be loaded then ends the engine. So a folder goes only when
 
 - the adapter was deleted :data:`GRACE_S` ago: requests that had found its name before are served;
-- no job that has not finished continues from it or has written it;
+- no job that has not finished continues from it; nor has one written it, unless it has let go of it
+  and will not go on with its training from there;
 - no other engine works on the same store: what it runs is not known here;
 - the engine has no request for it, waiting or running, asked again after the folder was closed
   (``jobs/adapter_folder.py``): a late request gets an error.
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from flexllm_vllm.checkpoints import STATE_FILE
 from flexllm_vllm.jobs.adapter_folder import close_folder, remove_folder
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import DeletedAdapter
@@ -102,7 +104,8 @@ class AdapterRemover:
             await self._remove(adapter)
 
     async def _remove(self, adapter: DeletedAdapter) -> None:
-        if await self._is_in_use(adapter.int_id):
+        is_resumable = adapter.job_unfinished and (adapter.path / STATE_FILE).exists()
+        if is_resumable or await self._is_in_use(adapter.int_id):
             return
         # A row says where; what lies elsewhere is not ours to remove.
         root = self._store.root

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
@@ -102,26 +102,34 @@ class AdapterStore:
                 raise AdapterInUseError(name, users)
             checkpoints = schema.checkpoints
             connection.execute(delete(checkpoints).where(checkpoints.c.name == name))
-            connection.execute(delete(table).where(table.c.seq == row.seq))
-            connection.execute(
-                insert(schema.deleted_adapters).values(
-                    int_id=row.int_id, path=row.path, job_id=row.job_id, deleted_at=now()
-                )
-            )
+            add_deleted(connection, row)
             return adapter_from_row(row)
 
     def removable(self, deleted_before: int) -> list[DeletedAdapter]:
-        """Adapters deleted at ``deleted_before`` (Unix seconds) or earlier, whose folder no job
-        needs: not one that continues from it, nor the one that wrote it and may go on."""
+        """Adapters deleted at ``deleted_before`` (Unix seconds) or earlier that no unfinished job
+        needs: none continues from it, and it is not a checkpoint that may become its result."""
         table, jobs = schema.deleted_adapters, schema.jobs
-        needs = (jobs.c.init_adapter_path == table.c.path) | (jobs.c.id == table.c.job_id)
-        needed = select(jobs.c.seq).where(needs, jobs.c.status.in_(_UNFINISHED_JOB)).exists()
-        query = select(table).where(table.c.deleted_at <= deleted_before, ~needed)
+        unfinished = jobs.c.status.in_(_UNFINISHED_JOB)
+        needed = select(jobs.c.seq).where(jobs.c.init_adapter_path == table.c.path, unfinished)
+        written = select(jobs.c.seq).where(jobs.c.id == table.c.job_id, unfinished)
+        query = (
+            select(table, written.exists().label("job_unfinished"))
+            .where(table.c.deleted_at <= deleted_before, ~needed.exists())
+            .where(table.c.by_job | ~written.exists())
+            .order_by(table.c.seq)
+        )
         with self._database.read() as connection:
             return [
-                DeletedAdapter(row.seq, row.int_id, Path(row.path))
-                for row in connection.execute(query.order_by(table.c.seq))
+                DeletedAdapter(row.seq, row.int_id, Path(row.path), row.job_unfinished)
+                for row in connection.execute(query)
             ]
+
+    def deleted_folders(self, job_id: str) -> set[Path]:
+        """Folders of adapters of a job that were deleted and that requests may still need."""
+        table = schema.deleted_adapters
+        query = select(table.c.path).where(table.c.job_id == job_id)
+        with self._database.read() as connection:
+            return {Path(path) for path in connection.scalars(query)}
 
     def folders(self) -> set[Path]:
         """Folders of all adapters that are served, or deleted and still there."""
@@ -156,6 +164,27 @@ def _merges_of(connection: Connection, name: str) -> list[str]:
         for row in connection.execute(query)
         if name in (adapter["name"] for adapter in row.request["spec"]["adapters"])
     ]
+
+
+def add_deleted(connection: Connection, row: Row[Any], by_job: bool = False) -> None:
+    """Take an adapter of the table out of it, within a transaction; its folder is to be removed
+    when nothing needs it. ``by_job``: the job that has written it does not need it."""
+    connection.execute(delete(schema.adapters).where(schema.adapters.c.seq == row.seq))
+    connection.execute(
+        insert(schema.deleted_adapters).values(
+            int_id=row.int_id,
+            path=row.path,
+            job_id=row.job_id,
+            by_job=by_job,
+            deleted_at=now(),
+        )
+    )
+
+
+def is_deleted(connection: Connection, path: Path) -> bool:
+    """Whether the adapter in this folder was deleted."""
+    table = schema.deleted_adapters
+    return connection.scalar(select(table.c.seq).where(table.c.path == str(path))) is not None
 
 
 def add_adapter(

@@ -139,6 +139,8 @@ deleted_adapters = _table(
     Column("int_id", Integer, nullable=False),
     Column("path", String, nullable=False),
     Column("job_id", String),
+    # The job itself has let go of it, so that it needs no more than the state of its training.
+    Column("by_job", Boolean, nullable=False),
     Column("deleted_at", Integer, nullable=False),
 )
 

@@ -275,11 +275,17 @@ class ServedAdapter:
 
 @dataclass(frozen=True)
 class DeletedAdapter:
-    """An adapter that is not served any more. ``path`` is its folder, which may still be needed."""
+    """An adapter that is not served any more.
+
+    Attributes:
+        path: its folder, which may still be needed.
+        job_unfinished: whether the job that has written it may go on.
+    """
 
     seq: int
     int_id: int
     path: Path
+    job_unfinished: bool
 
 
 class MergeStatus(StrEnum):

@@ -231,6 +231,37 @@ def test_a_checkpoint_is_deleted_with_its_row(
         client.models.retrieve(name)
 
 
+def test_the_folder_of_a_checkpoint_stays_while_its_job_may_go_on_from_it(
+    server: Any, client: openai.OpenAI, upload: Upload
+) -> None:
+    job = client.fine_tuning.jobs.create(model="demo", training_file=upload())
+    claimed = server.store.claim_next_job()
+    folder = save_random_adapter(claimed.checkpoints_path / "step-1")
+    (folder / "trainer_state.json").write_text("{}")
+    server.store.record_checkpoint(job.id, 1, folder, {"step": 1})
+    client.models.delete(server.store.list_checkpoints(job.id)[0][0].name)
+    time.sleep(0.2)
+    assert folder.exists()
+    server.store.succeed(job.id, claimed.adapter_path)
+    wait_for(lambda: not folder.exists())
+
+
+def test_a_checkpoint_that_its_job_forgets_goes_when_its_state_is_gone(
+    server: Any, client: openai.OpenAI, upload: Upload
+) -> None:
+    job = client.fine_tuning.jobs.create(model="demo", training_file=upload())
+    claimed = server.store.claim_next_job()
+    folder = save_random_adapter(claimed.checkpoints_path / "step-1")
+    (folder / "trainer_state.json").write_text("{}")
+    server.store.record_checkpoint(job.id, 1, folder, {"step": 1})
+    server.store.forget_checkpoint(job.id, 1)
+    assert client.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    time.sleep(0.2)
+    assert folder.exists()
+    (folder / "trainer_state.json").unlink()  # there is a later one to go on from
+    wait_for(lambda: not folder.exists())
+
+
 def test_an_adapter_that_a_job_continues_from_is_in_use(
     client: openai.OpenAI, add: Callable[..., Path], upload: Upload
 ) -> None:

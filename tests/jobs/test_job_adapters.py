@@ -70,10 +70,19 @@ def test_a_checkpoint_is_forgotten_with_its_adapter(store: JobStore, add_job: Ad
     store.adapters.delete(f"{job.adapter_name}:ckpt-step-5")
     assert [c.step for c in store.list_checkpoints(job.id)[0]] == [10]
     assert store.checkpoint_steps(job.id) == [10]
-    # The job may have to go on from it.
+    assert store.adapters.deleted_folders(job.id) == {job.checkpoints_path / "5"}
+    # The job, which may have to go on from it, does not bring it back.
     assert removable(store) == []
+    store.record_checkpoint(job.id, 5, job.checkpoints_path / "5", {"step": 5})
+    assert store.checkpoint_steps(job.id) == [10]
+    store.forget_checkpoint(job.id, 10)
+    store.forget_checkpoint(job.id, 10)
+    assert store.adapters.all() == []
+    deleted = store.adapters.removable(int(time.time()))
+    assert [(a.path.name, a.job_unfinished) for a in deleted] == [("10", True)]
     store.succeed(job.id, job.adapter_path)
-    assert removable(store) == [job.checkpoints_path / "5"]
+    deleted = store.adapters.removable(int(time.time()))
+    assert [(a.path.name, a.job_unfinished) for a in deleted] == [("5", False), ("10", False)]
 
 
 def test_an_adapter_that_a_job_continues_from_stays(store: JobStore, add_job: AddJob) -> None:

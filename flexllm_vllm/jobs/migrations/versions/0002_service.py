@@ -40,6 +40,7 @@ def upgrade() -> None:
         _number("int_id"),
         _text("path"),
         sa.Column("job_id", sa.String),
+        sa.Column("by_job", sa.Boolean, nullable=False),
         _number("deleted_at"),
     )
     _create(
