@@ -86,7 +86,7 @@ class ModelObject(BaseModel):
     """``openai.types.Model``."""
 
     model_config = _example(
-        {"id": _ADAPTER["id"], "object": "model", "created": 1767226300, "owned_by": "local"}
+        {"id": _ADAPTER["id"], "object": "model", "created": 1767226300, "owned_by": "vllm"}
     )
 
     id: str

@@ -17,7 +17,7 @@ router = APIRouter(
 )
 
 # What vLLM's list says of every model.
-_OPERATOR = "vllm"
+_OWNER = "vllm"
 
 
 @router.get("/{name:path}")
@@ -27,12 +27,12 @@ async def get_model(
     """A base model, or an adapter that is served."""
     adapter = await asyncio.to_thread(service.store.adapters.get, name, tenant.organization_id)
     if adapter is not None and adapter.base_model in service.base_models:
-        return ModelObject(id=name, created=adapter.created_at, owned_by=adapter.organization_id)
+        return ModelObject(id=name, created=adapter.created_at, owned_by=_OWNER)
     root = _root_of(name, request.app.state.openai_serving_models)
     if root is None:
         raise AdapterNotFoundError(name)
     created = await asyncio.to_thread(created_at, root)
-    return ModelObject(id=name, created=created, owned_by=_OPERATOR)
+    return ModelObject(id=name, created=created, owned_by=_OWNER)
 
 
 @router.delete("/{name:path}")

@@ -71,9 +71,10 @@ def test_an_adapter_with_colons_and_slashes_is_found(
 ) -> None:
     add(SLASHED)
     created = server.store.adapters.get(SLASHED).created_at
-    expected = Model(id=SLASHED, object="model", created=created, owned_by="local")
+    expected = Model(id=SLASHED, object="model", created=created, owned_by="vllm")
     assert client.models.retrieve(SLASHED) == expected
-    assert [m.created for m in client.models.list() if m.id == SLASHED] == [created]
+    listed = next(model for model in client.models.list() if model.id == SLASHED)
+    assert (listed.created, listed.owned_by) == (created, "vllm")
 
 
 @pytest.mark.parametrize("method", ["retrieve", "delete"])
