@@ -89,17 +89,17 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 
 def resumable_steps(folder: Path) -> list[int]:
     """Steps whose checkpoints hold the state of training."""
-    return [step for step in _steps(folder) if (folder_of(folder, step) / STATE_FILE).exists()]
+    return [step for step in steps(folder) if (folder_of(folder, step) / STATE_FILE).exists()]
 
 
-def strip(folder: Path, keep: set[int], served: set[int]) -> None:
-    """Removes what nobody needs any more: of ``served`` checkpoints all but the adapter, others
+def strip(folder: Path, keep: set[int], adapters: set[int]) -> None:
+    """Removes what nobody needs any more: all but the adapter of those in ``adapters``, others
     whole; those in ``keep`` stay as they are."""
-    for step in _steps(folder):
+    for step in steps(folder):
         path = folder_of(folder, step)
         if step in keep:
             continue
-        if step in served:
+        if step in adapters:
             # The state first: without it the folder is no checkpoint to go on from.
             for name in (STATE_FILE, OPTIMIZER_FILE):
                 (path / name).unlink(missing_ok=True)
@@ -122,7 +122,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _steps(folder: Path) -> list[int]:
+def steps(folder: Path) -> list[int]:
+    """Steps of all checkpoints in a folder, in order."""
     names = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
     return sorted(int(name) for name in names if name.isdigit())
 

@@ -2,8 +2,10 @@
 
 The finetuning scheduler must know when the engine is shutting down (finetuning is no work to wait
 for then, but a checkpoint is written in the end), must wake it when a job arrives while it sleeps,
-and has a record of its iterations and counters that the API asks for. Why a patch: a scheduler is
-given no reference to its engine, and the engine answers only to its own methods.
+and has a record of its iterations and counters that the API asks for. It refuses a request for an
+adapter that was deleted, as it arrives: to load it would end the engine. Why a patch: a scheduler
+is given no reference to its engine, the engine answers only to its own methods, and a scheduler
+cannot refuse a request.
 Fits vLLM 0.32 (``vllm/v1/engine/core.py``). Applied when the scheduler is imported, so only in
 engines that finetune; raises there if the loop is gone.
 """
@@ -15,8 +17,8 @@ from flexllm_vllm.patches import require
 
 
 def apply() -> None:
-    """Wraps ``EngineCoreProc.run_busy_loop`` and adds ``finetuning_iterations`` and
-    ``finetuning_stats``; once."""
+    """Wraps ``run_busy_loop`` and ``preprocess_add_request`` of ``EngineCoreProc``, and adds
+    ``finetuning_iterations``, ``finetuning_stats`` and ``finetuning_adapters_in_use``; once."""
     from vllm.v1.engine.core import EngineCoreProc
 
     run = require(EngineCoreProc, "run_busy_loop")
@@ -35,13 +37,27 @@ def apply() -> None:
                 self.scheduler.detach_engine(self)
             raise
 
+    preprocess = require(EngineCoreProc, "preprocess_add_request")
+
+    @functools.wraps(preprocess)
+    def preprocess_checked(self: Any, request: Any) -> Any:
+        # What this raises is the error of this request alone.
+        if request.lora_request is not None and hasattr(self.scheduler, "check_adapter"):
+            self.scheduler.check_adapter(request.lora_request)
+        return preprocess(self, request)
+
     def finetuning_iterations(self: Any, last: int) -> list[dict[str, Any]]:
         return self.scheduler.finetuning_iterations(last)
 
     def finetuning_stats(self: Any) -> dict[str, Any]:
         return {"engine": self.engine_index, **self.scheduler.finetuning_stats()}
 
+    def finetuning_adapters_in_use(self: Any) -> list[int]:
+        return self.scheduler.finetuning_adapters_in_use()
+
     run_attached._finetuning = True  # type: ignore[attr-defined]
     EngineCoreProc.run_busy_loop = run_attached
+    EngineCoreProc.preprocess_add_request = preprocess_checked
     EngineCoreProc.finetuning_iterations = finetuning_iterations
     EngineCoreProc.finetuning_stats = finetuning_stats
+    EngineCoreProc.finetuning_adapters_in_use = finetuning_adapters_in_use

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "patches": {"patches", "api"},
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
-    "flexllm_vllm/api": {"api", "jobs", "data", "config", "log"},
+    "flexllm_vllm/adapter_files": {"adapter_files", "log"},
+    "flexllm_vllm/api": {"api", "jobs", "data", "adapter_files", "checkpoints", "config", "log"},
     "flexllm_vllm/commandline": {"commandline", "__version__"},
     "flexllm_vllm/models": {"models", "kernels"},
     "flexllm_vllm/worker": {

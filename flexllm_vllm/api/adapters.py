@@ -6,7 +6,10 @@ at once, under the integer id that the store has issued. On a server with tenant
 task of a request, the adapters of the request's organization only.
 """
 
+import time
 from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -15,6 +18,7 @@ from flexllm_vllm.api.tenants import current_organization
 from flexllm_vllm.jobs.store import JobStore
 
 PREFIX = "ft:"
+_STARTED = int(time.time())
 
 
 class ServedAdapters(dict[str, LoRARequest]):
@@ -120,13 +124,21 @@ def serve_adapters(models: Any, store: JobStore) -> ServedAdapters:
     list_models = models.show_available_models
 
     async def show_available_models() -> Any:
-        # vLLM dates every card to the moment of the request; of ours we know better.
+        # vLLM dates every card to the moment of the request.
         listing = await list_models()
         for card in listing.data:
             created = adapters.created(card.id)
-            if created is not None:
-                card.created = created
+            card.created = created_at(card.root) if created is None else created
         return listing
 
     models.show_available_models = show_available_models
     return adapters
+
+
+def created_at(root: str | None) -> int:
+    """Unix time of a model that is no adapter of the store: when its folder was written, or for one
+    that lies elsewhere, when this process began to serve it."""
+    for name in ("config.json", "adapter_config.json"):
+        with suppress(OSError):
+            return int((Path(root or "") / name).stat().st_mtime)
+    return _STARTED

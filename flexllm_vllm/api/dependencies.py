@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from flexllm_vllm.api.adapter_service import AdapterService
 from flexllm_vllm.api.errors import ApiError
 from flexllm_vllm.api.service import FinetuningService
 
@@ -20,4 +21,17 @@ def get_service(request: Request) -> FinetuningService:
     return service
 
 
+def get_adapter_service(request: Request) -> AdapterService:
+    """Likewise of adapters and merges.
+
+    Raises:
+        ApiError: this server has no engine.
+    """
+    service: AdapterService | None = getattr(request.app.state, "finetuning_adapters", None)
+    if service is None:
+        raise ApiError(503, "Adapters are not available: this server has no engine.")
+    return service
+
+
 Service = Annotated[FinetuningService, Depends(get_service)]
+Adapters = Annotated[AdapterService, Depends(get_adapter_service)]

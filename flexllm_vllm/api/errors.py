@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from flexllm_vllm.data.errors import DataError, UnsupportedTokenizerError
 from flexllm_vllm.jobs.errors import (
+    AdapterInUseError,
     AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
@@ -25,8 +26,10 @@ from flexllm_vllm.jobs.errors import (
     InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
+    MergeNotFoundError,
     QuotaExceededError,
     TooManyFilesError,
+    TooManyMergesError,
     TooManyQueuedJobsError,
     UploadMismatchError,
     UploadNotFoundError,
@@ -135,6 +138,12 @@ def as_api_error(error: Exception, where: str) -> ApiError:
             return ApiError(404, str(error), "webhook_endpoint_id")
         case WebhookLimitError():
             return invalid(str(error), None, "webhook_limit_reached")
+        case AdapterInUseError():
+            return ApiError(409, str(error), "model", "adapter_in_use")
+        case MergeNotFoundError():
+            return ApiError(404, str(error), "merge_id")
+        case TooManyMergesError():
+            return ApiError(429, str(error), None, "too_many_merges")
         case CursorNotFoundError():
             return invalid(str(error), "after")
         case FileInUseError():

@@ -12,18 +12,25 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
+from flexllm_vllm.adapter_files.base_linears import llama_linears
 from flexllm_vllm.api import (
+    adapter_routes,
     files,
     fine_tunes,
     fine_tuning,
     iterations,
+    merge_routes,
+    models,
     unsupported,
     uploads,
     web,
     webhooks,
 )
+from flexllm_vllm.api.adapter_removal import AdapterRemover
+from flexllm_vllm.api.adapter_service import AdapterService
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
 from flexllm_vllm.api.limits import Limits
+from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.unmatched import attach_unmatched
@@ -44,7 +51,19 @@ _BEARER = HTTPBearer(auto_error=False, description="A key of --api-key or of the
 def attach_routes(app: FastAPI) -> None:
     """Add all routes. All lie under /v1, which vLLM's ``--api-key`` protects, except the web page,
     which holds no data."""
-    for module in (files, uploads, fine_tuning, fine_tunes, iterations, webhooks, unsupported):
+    # Merges before adapters: their paths are names of adapters, too.
+    for module in (
+        files,
+        uploads,
+        fine_tuning,
+        fine_tunes,
+        iterations,
+        webhooks,
+        merge_routes,
+        adapter_routes,
+        models,
+        unsupported,
+    ):
         app.include_router(module.router, dependencies=[Security(_BEARER)])
     app.include_router(web.router)
     attach_unmatched(app)
@@ -71,15 +90,15 @@ class FinetuningEndpointPlugin:
         config = FinetuningConfig.from_vllm_config(vllm_config)
         if config is None:
             return
-        models = state.openai_serving_models
+        served = state.openai_serving_models
         store = await asyncio.to_thread(JobStore, config.dir)
         await asyncio.to_thread(store.clean_up)
-        adapters = serve_adapters(models, store)
+        adapters = serve_adapters(served, store)
         model_length = vllm_config.model_config.max_model_len
         state.finetuning = FinetuningService(
             store=store,
             load_tokenizer=lambda: _tokenizer(engine_client, args),
-            base_models=tuple(base.name for base in models.base_model_paths),
+            base_models=tuple(base.name for base in served.base_model_paths),
             max_lora_rank=config.max_lora_rank,
             max_seq_length=_longest_sequence(model_length, config),
             fetch_iterations=_iterations_of(engine_client),
@@ -89,11 +108,37 @@ class FinetuningEndpointPlugin:
         )
         # The router in webhooks.py runs it as long as the application lives.
         state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
+        # The router in adapter_routes.py runs its tasks as long as the application lives.
+        state.finetuning_adapters = _adapter_service(
+            engine_client, store, state.finetuning.base_models, config.max_lora_rank
+        )
         if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
             state.finetuning_metrics = await asyncio.to_thread(
                 _metrics_of, engine_client, store, state.finetuning.base_models
             )
         logger.info("finetuning API ready, files and jobs in %s", config.dir)
+
+
+def _adapter_service(
+    engine_client: Any, store: JobStore, base_models: tuple[str, ...], max_lora_rank: int
+) -> AdapterService:
+    base = llama_linears(engine_client.vllm_config.model_config.hf_text_config)
+
+    async def in_use() -> list[set[int]]:
+        call = engine_client.engine_core.call_utility_all_async
+        return [set(ids) for ids in await call("finetuning_adapters_in_use")]
+
+    async def unload(int_id: int) -> bool:
+        return bool(await engine_client.remove_lora(int_id))
+
+    return AdapterService(
+        store=store,
+        base_models=base_models,
+        base=base,
+        max_lora_rank=max_lora_rank,
+        remover=AdapterRemover(store, in_use, unload),
+        merger=Merger(store, base_models, base, max_lora_rank),
+    )
 
 
 def _tokenizer(engine_client: Any, args: Namespace) -> ExampleTokenizer:

@@ -1,6 +1,7 @@
 """What a finetuning job is, and the store that the API and the engine share."""
 
 from flexllm_vllm.jobs.errors import (
+    AdapterInUseError,
     AdapterNotFoundError,
     CursorNotFoundError,
     FileInUseError,
@@ -8,9 +9,11 @@ from flexllm_vllm.jobs.errors import (
     InsufficientStorageError,
     JobNotFoundError,
     JobStateError,
+    MergeNotFoundError,
     QuotaExceededError,
     StoreVersionError,
     TooManyFilesError,
+    TooManyMergesError,
     TooManyQueuedJobsError,
     UploadMismatchError,
     UploadNotFoundError,
@@ -22,12 +25,15 @@ from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
+    AdapterMerge,
     Checkpoint,
     FinetuningJob,
     JobError,
     JobEvent,
     JobStatus,
     LoraSpec,
+    MergeSpec,
+    MergeStatus,
     NewEvent,
     NewJob,
     ServedAdapter,
@@ -38,10 +44,13 @@ from flexllm_vllm.jobs.types import (
     UploadStatus,
     WebhookDelivery,
     WebhookEndpoint,
+    WeightedAdapter,
 )
 
 __all__ = [
     "TARGET_MODULES",
+    "AdapterInUseError",
+    "AdapterMerge",
     "AdapterNotFoundError",
     "Checkpoint",
     "CursorNotFoundError",
@@ -56,6 +65,9 @@ __all__ = [
     "JobStatus",
     "JobStore",
     "LoraSpec",
+    "MergeNotFoundError",
+    "MergeSpec",
+    "MergeStatus",
     "NewEvent",
     "NewJob",
     "QuotaExceededError",
@@ -64,6 +76,7 @@ __all__ = [
     "StoreVersionError",
     "StoredFile",
     "TooManyFilesError",
+    "TooManyMergesError",
     "TooManyQueuedJobsError",
     "TrainingSpec",
     "Upload",
@@ -76,4 +89,5 @@ __all__ = [
     "WebhookEndpoint",
     "WebhookEndpointNotFoundError",
     "WebhookLimitError",
+    "WeightedAdapter",
 ]

@@ -3,17 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
-from flexllm_vllm.jobs.errors import AdapterNotFoundError
+from flexllm_vllm.jobs.errors import AdapterInUseError, AdapterNotFoundError, CursorNotFoundError
 from flexllm_vllm.jobs.rows import adapter_from_row, now
 from flexllm_vllm.jobs.types import (
     FIRST_SERVED_INT_ID,
     AdapterSource,
+    DeletedAdapter,
+    JobStatus,
+    MergeStatus,
     ServedAdapter,
 )
+
+_UNFINISHED_JOB = tuple(status.value for status in JobStatus if not status.finished)
+_UNFINISHED_MERGE = tuple(status.value for status in MergeStatus if not status.finished)
 
 
 class AdapterStore:
@@ -55,11 +61,34 @@ class AdapterStore:
         with self._database.read() as connection:
             return [adapter_from_row(row) for row in connection.execute(query)]
 
+    def page(
+        self, after: str | None = None, limit: int = 20, organization_id: str | None = None
+    ) -> tuple[list[ServedAdapter], bool]:
+        """Adapters, newest first, and whether there are more.
+
+        Raises:
+            CursorNotFoundError: no adapter has the name ``after``.
+        """
+        table = schema.adapters
+        query = select(table).order_by(table.c.seq.desc())
+        if organization_id is not None:
+            query = query.where(table.c.organization_id == organization_id)
+        with self._database.read() as connection:
+            if after is not None:
+                seq = connection.scalar(select(table.c.seq).where(table.c.name == after))
+                if seq is None:
+                    raise CursorNotFoundError(after)
+                query = query.where(table.c.seq < seq)
+            rows = connection.execute(query.limit(limit + 1)).all()
+        return [adapter_from_row(row) for row in rows[:limit]], len(rows) > limit
+
     def delete(self, name: str, organization_id: str | None = None) -> ServedAdapter:
-        """Stop serving an adapter. Its folder is the caller's to remove.
+        """Stop serving an adapter; of a checkpoint, forget it. Its folder stays for now: see
+        :meth:`removable`.
 
         Raises:
             AdapterNotFoundError: no adapter of this name.
+            AdapterInUseError: a job that has not finished continues from it, or a merge needs it.
         """
         table = schema.adapters
         query = select(table).where(table.c.name == name)
@@ -69,8 +98,93 @@ class AdapterStore:
             row = connection.execute(query).one_or_none()
             if row is None:
                 raise AdapterNotFoundError(name)
-            connection.execute(delete(table).where(table.c.seq == row.seq))
+            if users := _jobs_from(connection, row.path) + _merges_of(connection, name):
+                raise AdapterInUseError(name, users)
+            checkpoints = schema.checkpoints
+            connection.execute(delete(checkpoints).where(checkpoints.c.name == name))
+            add_deleted(connection, row)
             return adapter_from_row(row)
+
+    def removable(self, deleted_before: int) -> list[DeletedAdapter]:
+        """Adapters deleted at ``deleted_before`` (Unix seconds) or earlier that no unfinished job
+        needs: none continues from it, and it is not a checkpoint that may become its result."""
+        table, jobs = schema.deleted_adapters, schema.jobs
+        unfinished = jobs.c.status.in_(_UNFINISHED_JOB)
+        needed = select(jobs.c.seq).where(jobs.c.init_adapter_path == table.c.path, unfinished)
+        written = select(jobs.c.seq).where(jobs.c.id == table.c.job_id, unfinished)
+        query = (
+            select(table, written.exists().label("job_unfinished"))
+            .where(table.c.deleted_at <= deleted_before, ~needed.exists())
+            .where(table.c.by_job | ~written.exists())
+            .order_by(table.c.seq)
+        )
+        with self._database.read() as connection:
+            return [
+                DeletedAdapter(row.seq, row.int_id, Path(row.path), row.job_unfinished)
+                for row in connection.execute(query)
+            ]
+
+    def deleted_folders(self, job_id: str) -> set[Path]:
+        """Folders of adapters of a job that were deleted and that requests may still need."""
+        table = schema.deleted_adapters
+        query = select(table.c.path).where(table.c.job_id == job_id)
+        with self._database.read() as connection:
+            return {Path(path) for path in connection.scalars(query)}
+
+    def folders(self) -> set[Path]:
+        """Folders of all adapters that are served, or deleted and still there."""
+        with self._database.read() as connection:
+            return {
+                Path(path)
+                for table in (schema.adapters, schema.deleted_adapters)
+                for path in connection.scalars(select(table.c.path))
+            }
+
+    def forget_deleted(self, adapter: DeletedAdapter) -> None:
+        """The folder of a deleted adapter is gone."""
+        table = schema.deleted_adapters
+        with self._database.write() as connection:
+            connection.execute(delete(table).where(table.c.seq == adapter.seq))
+
+
+def _jobs_from(connection: Connection, path: str) -> list[str]:
+    """Ids of unfinished jobs that continue from the adapter in this folder."""
+    jobs = schema.jobs
+    query = select(jobs.c.id).where(
+        jobs.c.init_adapter_path == path, jobs.c.status.in_(_UNFINISHED_JOB)
+    )
+    return list(connection.scalars(query))
+
+
+def _merges_of(connection: Connection, name: str) -> list[str]:
+    """Ids of unfinished merges of the adapter of this name."""
+    query = select(schema.merges).where(schema.merges.c.status.in_(_UNFINISHED_MERGE))
+    return [
+        row.id
+        for row in connection.execute(query)
+        if name in (adapter["name"] for adapter in row.request["spec"]["adapters"])
+    ]
+
+
+def add_deleted(connection: Connection, row: Row[Any], by_job: bool = False) -> None:
+    """Take an adapter of the table out of it, within a transaction; its folder is to be removed
+    when nothing needs it. ``by_job``: the job that has written it does not need it."""
+    connection.execute(delete(schema.adapters).where(schema.adapters.c.seq == row.seq))
+    connection.execute(
+        insert(schema.deleted_adapters).values(
+            int_id=row.int_id,
+            path=row.path,
+            job_id=row.job_id,
+            by_job=by_job,
+            deleted_at=now(),
+        )
+    )
+
+
+def is_deleted(connection: Connection, path: Path) -> bool:
+    """Whether the adapter in this folder was deleted."""
+    table = schema.deleted_adapters
+    return connection.scalar(select(table.c.seq).where(table.c.path == str(path))) is not None
 
 
 def add_adapter(

@@ -37,6 +37,32 @@ class WebhookLimitError(RuntimeError):
     """An organization has as many webhook endpoints, or an endpoint as many secrets, as it may."""
 
 
+class AdapterInUseError(RuntimeError):
+    """Jobs or merges that have not finished need the adapter."""
+
+    def __init__(self, name: str, users: list[str]) -> None:
+        self.name = name
+        self.users = users
+        super().__init__(
+            f"The adapter '{name}' is in use by {', '.join(users)}; cancel it or wait for its end"
+        )
+
+
+class MergeNotFoundError(LookupError):
+    """No merge of this id."""
+
+    def __init__(self, merge_id: str) -> None:
+        self.merge_id = merge_id
+        super().__init__(f"No such merge: {merge_id}")
+
+
+class TooManyMergesError(RuntimeError):
+    """As many merges wait as may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} merges are waiting, the limit of this server; try again later")
+
+
 class CursorNotFoundError(LookupError):
     """The ``after`` of a listing names nothing that is in the list."""
 

@@ -6,11 +6,16 @@ cannot say so itself.
 """
 
 import fcntl
+import os
+import struct
 import threading
 from pathlib import Path
 from typing import IO
 
 from flexllm_vllm.jobs.names import new_id
+
+# Linux's struct flock: type, whence, start, length, process.
+_FLOCK = "hhqqi"
 
 
 class EngineOwner:
@@ -47,9 +52,28 @@ class EngineOwner:
         (self._folder / owner).unlink(missing_ok=True)
         return False
 
+    def others(self) -> list[str]:
+        """Ids of the other processes that hold a lock in this folder.
+
+        Looks without taking a lock: its owner may be about to take it.
+        """
+        ids = (path.name for path in self._folder.iterdir())
+        return [engine for engine in ids if engine != self.id and _is_locked(self._folder / engine)]
+
     def release(self) -> None:
         """Give the lock back."""
         if self._file is not None:
             (self._folder / self.id).unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process has a lock on a file (``F_GETLK``)."""
+    wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with path.open("rb") as file:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, wanted)
+    except FileNotFoundError:
+        return False
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from flexllm_vllm.jobs import schema
-from flexllm_vllm.jobs.adapters import add_adapter
+from flexllm_vllm.jobs.adapters import add_adapter, add_deleted, is_deleted
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import JobNotFoundError, JobStateError
 from flexllm_vllm.jobs.names import checkpoint_name, new_id
@@ -123,7 +123,8 @@ class JobQueue:
     def record_checkpoint(
         self, job_id: str, step: int, folder: Path, metrics: dict[str, Any]
     ) -> None:
-        """A checkpoint of a running job, served from this transaction on; once.
+        """A checkpoint of a running job, served from this transaction on; once. One that was
+        deleted stays so, when the job comes to its step again.
 
         Raises:
             JobNotFoundError, JobStateError: the job is not running.
@@ -132,7 +133,7 @@ class JobQueue:
         with self._database.write() as connection:
             row = self._running(connection, job_id, "updated")
             known = select(table.c.id).where(table.c.job_id == job_id, table.c.number == step)
-            if connection.scalar(known) is not None:
+            if connection.scalar(known) is not None or is_deleted(connection, folder):
                 return
             name = checkpoint_name(row.adapter_name, step)
             add_adapter(
@@ -157,12 +158,14 @@ class JobQueue:
             insert_event(connection, job_id, NewEvent(f"Checkpoint created at step {step}"))
 
     def forget_checkpoint(self, job_id: str, step: int) -> None:
-        """Stop serving a checkpoint. Its folder is the caller's to remove."""
-        table = schema.checkpoints
+        """Stop serving a checkpoint. Its folder goes as that of any deleted adapter."""
+        table, adapters = schema.checkpoints, schema.adapters
         with self._database.write() as connection:
             where = (table.c.job_id == job_id, table.c.number == step)
             name = connection.scalar(select(table.c.name).where(*where))
-            connection.execute(delete(schema.adapters).where(schema.adapters.c.name == name))
+            row = connection.execute(select(adapters).where(adapters.c.name == name)).one_or_none()
+            if row is not None:
+                add_deleted(connection, row, by_job=True)
             connection.execute(delete(table).where(*where))
 
     def checkpoint_steps(self, job_id: str) -> list[int]:

@@ -12,12 +12,15 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.types import (
     FIRST_TRAINING_INT_ID,
+    AdapterMerge,
     Checkpoint,
     FinetuningJob,
     JobError,
     JobEvent,
     JobStatus,
     LoraSpec,
+    MergeSpec,
+    MergeStatus,
     NewEvent,
     NewJob,
     ServedAdapter,
@@ -25,6 +28,7 @@ from flexllm_vllm.jobs.types import (
     TrainingSpec,
     Upload,
     UploadStatus,
+    WeightedAdapter,
 )
 
 
@@ -190,6 +194,26 @@ def adapter_from_row(row: Row[Any]) -> ServedAdapter:
         created_at=value["created_at"],
         source=value["source"],
         job_id=value["job_id"],
+        organization_id=value["organization_id"],
+    )
+
+
+def merge_from_row(row: Row[Any]) -> AdapterMerge:
+    """The merge of a row of ``merges``."""
+    value = row._mapping
+    spec = value["request"]["spec"]
+    adapters = tuple(WeightedAdapter(**adapter) for adapter in spec["adapters"])
+    return AdapterMerge(
+        id=value["id"],
+        name=value["name"],
+        base_model=value["request"]["base_model"],
+        spec=MergeSpec(**{**spec, "adapters": adapters}),
+        status=MergeStatus(value["status"]),
+        error=JobError(**value["error"]) if value["error"] else None,
+        created_at=value["created_at"],
+        finished_at=value["finished_at"],
+        attempts=value["attempts"],
+        claim=value["claimed_by"],
         organization_id=value["organization_id"],
     )
 

@@ -133,7 +133,18 @@ adapters = _table(
     _organization(),
 )
 
-# ``number`` of a checkpoint is its optimizer step. Its adapter may have been deleted since.
+# Adapters that are not served any more and whose folder is to be removed when nothing needs it.
+deleted_adapters = _table(
+    "deleted_adapters",
+    Column("int_id", Integer, nullable=False),
+    Column("path", String, nullable=False),
+    Column("job_id", String),
+    # The job itself has let go of it, so that it needs no more than the state of its training.
+    Column("by_job", Boolean, nullable=False),
+    Column("deleted_at", Integer, nullable=False),
+)
+
+# ``number`` of a checkpoint is its optimizer step.
 checkpoints = _table(
     "checkpoints",
     Column("id", String, nullable=False, unique=True),
@@ -154,6 +165,7 @@ merges = _table(
     Column("error", JSON(none_as_null=True)),
     Column("created_at", Integer, nullable=False),
     Column("finished_at", Integer),
+    Column("attempts", Integer, nullable=False, default=0),
     Column("claimed_by", String),
     Column("claimed_until", Integer),
     _organization(),

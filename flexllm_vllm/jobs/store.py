@@ -7,6 +7,8 @@ Layout below ``root``, readable by its owner alone::
     uploads/<part id>         parts of uploads that are not complete
     jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
     engines/<engine id>       locks of living engines and API processes (owner.py)
+    adapters/<id>             PEFT folders that were imported or merged
+    serving/<engine id>       likewise, of engines that serve the adapters
 
 Everything may be called from any thread. Each process opens a store of its own.
 """
@@ -25,6 +27,7 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.adapters import AdapterStore
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import (
+    AdapterNotFoundError,
     CursorNotFoundError,
     FileNotStoredError,
     JobStateError,
@@ -32,6 +35,7 @@ from flexllm_vllm.jobs.errors import (
 )
 from flexllm_vllm.jobs.files import FileStore
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim, IdempotencyKeys, complete_claim
+from flexllm_vllm.jobs.merges import MergeStore
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.queue import JobQueue
@@ -81,8 +85,12 @@ class JobStore(JobQueue):
         self.idempotency = IdempotencyKeys(database, self._owner)
         self.files = FileStore(database, root / "files")
         self.uploads = UploadStore(database, root / "uploads", self.files)
+        self.adapters_folder = root / "adapters"
+        self.adapters_folder.mkdir(mode=0o700, exist_ok=True)
         self.adapters = AdapterStore(database)
+        self.merges = MergeStore(database)
         self.webhooks = WebhookStore(database)
+        self._serving = EngineOwner(root / "serving")
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
 
@@ -112,6 +120,7 @@ class JobStore(JobQueue):
             FileNotStoredError: one of its files was deleted meanwhile.
             QuotaExceededError: the organization may not queue it.
             TooManyQueuedJobsError: ``max_queued`` jobs are waiting.
+            AdapterNotFoundError: the adapter to continue from was.
         """
         with self._database.write() as connection:
             if max_queued is not None:
@@ -122,6 +131,7 @@ class JobStore(JobQueue):
                 file_id = select(schema.files.c.id).where(schema.files.c.id == wanted)
                 if connection.scalar(file_id) is None:
                     raise FileNotStoredError(wanted)
+            self._check_init_adapter(connection, job)
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
@@ -137,6 +147,14 @@ class JobStore(JobQueue):
         """
         with self._database.read() as connection:
             _check_queue(connection, max_queued)
+
+    def _check_init_adapter(self, connection: Connection, job: NewJob) -> None:
+        path = job.init_adapter_path
+        if path is None or not Path(path).is_relative_to(self.root):
+            return  # an adapter of --lora-modules is none of ours
+        adapters = schema.adapters
+        if connection.scalar(select(adapters.c.seq).where(adapters.c.path == path)) is None:
+            raise AdapterNotFoundError(job.lora.init_from or path)
 
     def get_job(self, job_id: str, organization_id: str | None = None) -> FinetuningJob:
         """The job of this id; ``organization_id`` limits the look to one tenant, here and below.
@@ -362,6 +380,15 @@ class JobStore(JobQueue):
         if removed:
             logger.info("removed %d files that an interrupted process had left", removed)
 
+    def announce_engine(self) -> None:
+        """This process is an engine that serves the adapters of this store, until it ends."""
+        self._serving.hold()
+
+    def other_engines(self) -> int:
+        """How many engines, of whatever server, serve the adapters of this store beside this
+        process."""
+        return len(self._serving.others())
+
     # -- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -370,6 +397,7 @@ class JobStore(JobQueue):
             self._watch.close()
         self._database.close()
         self._owner.release()
+        self._serving.release()
 
     def __enter__(self) -> Self:
         return self

@@ -49,6 +49,7 @@ class JobFeeder:
         self, root: Path, max_jobs: int, models: Collection[str], wake: Callable[[], None]
     ) -> None:
         self._store = JobStore(root)
+        self._store.announce_engine()
         self._max_jobs = max_jobs
         self._models = models
         self._wake = wake

@@ -45,7 +45,7 @@ def prune(store: JobStore, job: FinetuningJob, best_step: int) -> None:
         store.forget_checkpoint(job.id, step)
     folder = job.checkpoints_path
     keep = set(checkpoints.resumable_steps(folder)[-RESUMABLE:])
-    checkpoints.strip(folder, keep, set(store.checkpoint_steps(job.id)))
+    checkpoints.strip(folder, keep, _adapter_steps(store, job))
 
 
 def resume_point(store: JobStore, job: FinetuningJob) -> checkpoints.Checkpoint | None:
@@ -82,7 +82,7 @@ def complete(store: JobStore, job: FinetuningJob, result_step: int | None) -> No
     """
     if result_step is not None:
         _copy_adapter(checkpoints.folder_of(job.checkpoints_path, result_step), job.adapter_path)
-    checkpoints.strip(job.checkpoints_path, set(), set(store.checkpoint_steps(job.id)))
+    checkpoints.strip(job.checkpoints_path, set(), _adapter_steps(store, job))
     results = store.files.create(
         io.BytesIO(_results(store, job)),
         "step_metrics.csv",
@@ -111,7 +111,16 @@ def keep_last(store: JobStore, job_id: str) -> None:
 def clean_up(store: JobStore, job: FinetuningJob) -> None:
     """Nothing will go on from the checkpoints of a job that has ended; those served are kept."""
     checkpoints.remove_unfinished(job.checkpoints_path)
-    checkpoints.strip(job.checkpoints_path, set(), set(store.checkpoint_steps(job.id)))
+    checkpoints.strip(job.checkpoints_path, set(), _adapter_steps(store, job))
+
+
+def _adapter_steps(store: JobStore, job: FinetuningJob) -> set[int]:
+    """Steps whose adapters requests may load: those that are served, and those that were until a
+    moment ago. The API removes the folders of these (``api/adapter_removal.py``)."""
+    folder = job.checkpoints_path
+    deleted = store.adapters.deleted_folders(job.id)
+    pending = {s for s in checkpoints.steps(folder) if checkpoints.folder_of(folder, s) in deleted}
+    return pending | set(store.checkpoint_steps(job.id))
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

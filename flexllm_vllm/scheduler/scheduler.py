@@ -3,14 +3,17 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.buckets import histogram_buckets
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.jobs.adapter_folder import check_folder
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
 from flexllm_vllm.plan import StepPlan
@@ -228,6 +231,20 @@ class FinetuningScheduler(Scheduler):
             mape=model.mape,
             margin=model.margin,
         )
+
+    @staticmethod
+    def check_adapter(lora: LoRARequest) -> None:
+        """Whether an adapter of the store can still be loaded. Called from an input thread.
+
+        Raises:
+            FileNotFoundError: it was deleted.
+        """
+        check_folder(lora.lora_int_id, Path(lora.lora_path))
+
+    def finetuning_adapters_in_use(self) -> list[int]:
+        """vLLM's ids of the adapters that requests, waiting or running, have named."""
+        loras = (request.lora_request for request in self.requests.values())
+        return sorted({lora.lora_int_id for lora in loras if lora is not None})
 
     def _record(self, output: Any) -> None:
         started, began = self._iteration_began

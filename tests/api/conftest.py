@@ -9,15 +9,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from peft_adapters import TINY_LLAMA
+from vllm.entrypoints.openai.models.api_router import router as models_router
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
 
+from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.api.adapter_removal import AdapterRemover
+from flexllm_vllm.api.adapter_service import AdapterService
+from flexllm_vllm.api.adapters import serve_adapters
+from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.plugin import attach_routes
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.data import ExampleTokenizer
@@ -44,9 +55,59 @@ class Server:
     app: FastAPI
     service: FinetuningService
     store: JobStore
+    adapters: AdapterService
+    engine: "Engine"
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@dataclass
+class Engine:
+    """What the adapters' routes ask of an engine, and what they have told it.
+
+    Attributes:
+        in_use: ids of adapters that requests need.
+        unloaded: ids of adapters that it was told to forget.
+    """
+
+    model_config: Any = field(
+        default_factory=lambda: SimpleNamespace(max_model_len=512, model="path/to/demo")
+    )
+    renderer: Any = None
+    input_processor: Any = None
+    in_use: set[int] = field(default_factory=set)
+    unloaded: list[int] = field(default_factory=list)
+
+    async def adapters_in_use(self) -> list[set[int]]:
+        return [set(self.in_use)]
+
+    async def remove_lora(self, int_id: int) -> bool:
+        self.unloaded.append(int_id)
+        return True
+
+
+def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterService:
+    """As the plugin builds it, with vLLM's own registry and routes of models; impatient."""
+    base = llama_linears(TINY_LLAMA)
+    models = OpenAIServingModels(
+        cast("Any", engine),
+        [BaseModelPath(name=name, model_path="path/to/demo") for name in ("demo", "alias")],
+    )
+    models.lora_requests["static"] = LoRARequest("static", 1, "path/to/static")
+    serve_adapters(models, store)
+    app.state.openai_serving_models = models
+    app.include_router(models_router, include_in_schema=False)  # it is not ours
+    return AdapterService(
+        store=store,
+        base_models=("demo", "alias"),
+        base=base,
+        max_lora_rank=32,
+        remover=AdapterRemover(
+            store, engine.adapters_in_use, engine.remove_lora, grace_s=0, poll_s=0.05
+        ),
+        merger=Merger(store, ("demo", "alias"), base, 32, poll_s=0.05),
+    )
 
 
 async def _iterations(last: int) -> list[dict[str, Any]]:
@@ -94,28 +155,46 @@ def toy_tokenizer() -> Any:
 
 
 @pytest.fixture
-def server(tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any) -> Iterator[Server]:
-    app = FastAPI()
-    attach_routes(app)
-    store = JobStore(tmp_path / "store")
+def start_server(
+    tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any
+) -> Iterator[Callable[[], Server]]:
+    """Start API processes, as it were, on one store."""
+    stores = []
 
-    def find_adapter(name: str) -> str | None:
-        adapter = store.adapters.get(name)
-        return adapter.path if adapter else None
+    def start() -> Server:
+        app = FastAPI()
+        attach_routes(app)
+        store = JobStore(tmp_path / "store")
+        stores.append(store)
 
-    service = FinetuningService(
-        store=store,
-        load_tokenizer=lambda: ExampleTokenizer(toy_tokenizer),
-        base_models=("demo", "alias"),
-        max_lora_rank=32,
-        max_seq_length=256,
-        fetch_iterations=_iterations,
-        find_adapter=find_adapter,
-        num_layers=30,
-    )
-    app.state.finetuning = service
-    yield Server(serve(app), app, service, store)
-    store.close()
+        def find_adapter(name: str) -> str | None:
+            adapter = store.adapters.get(name)
+            return adapter.path if adapter else None
+
+        service = FinetuningService(
+            store=store,
+            load_tokenizer=lambda: ExampleTokenizer(toy_tokenizer),
+            base_models=("demo", "alias"),
+            max_lora_rank=32,
+            max_seq_length=256,
+            fetch_iterations=_iterations,
+            find_adapter=find_adapter,
+            num_layers=30,
+        )
+        engine = Engine()
+        adapters = _adapter_service(app, store, engine)
+        app.state.finetuning = service
+        app.state.finetuning_adapters = adapters
+        return Server(serve(app), app, service, store, adapters, engine)
+
+    yield start
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def server(start_server: Callable[[], Server]) -> Server:
+    return start_server()
 
 
 @pytest.fixture

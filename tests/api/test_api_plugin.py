@@ -17,6 +17,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import select
+from transformers import LlamaConfig
 from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -47,7 +48,7 @@ class Engine:
         self.model_config = SimpleNamespace(
             max_model_len=512,
             model="path/to/demo",
-            hf_text_config=SimpleNamespace(num_hidden_layers=30),
+            hf_text_config=LlamaConfig(num_hidden_layers=30),
         )
         config = FinetuningConfig(dir=root, activation_cache_tokens=128)
         self.vllm_config = SimpleNamespace(
@@ -56,10 +57,19 @@ class Engine:
         self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
         self.input_processor = None
         self.engine_core = self
+        self.unloaded: list[int] = []
 
     async def call_utility_async(self, method: str, last: int) -> list[dict[str, int]]:
         assert method == "finetuning_iterations"
         return [{"decode_tokens": last}]
+
+    async def call_utility_all_async(self, method: str) -> list[list[int]]:
+        assert method == "finetuning_adapters_in_use"
+        return [[]]
+
+    async def remove_lora(self, int_id: int) -> bool:
+        self.unloaded.append(int_id)
+        return True
 
 
 def api_server(root: Path, tokenizer: Any = None) -> FastAPI:
@@ -122,6 +132,21 @@ def test_a_finished_adapter_is_served_by_every_api_process(
         assert list(models.lora_requests) == ["static", name]
     card = client.models.list().data[-1]
     assert (card.id, card.created, card.to_dict()["parent"]) == (name, created, "demo")
+
+
+def test_a_deleted_adapter_is_unloaded_and_served_by_no_process(
+    served: tuple[FastAPI, str], tmp_path: Path
+) -> None:
+    app, url = served
+    other = api_server(tmp_path)
+    with JobStore(tmp_path) as store:
+        adapter = store.adapters.add("ft:demo:local::a", tmp_path / "a", "demo", "import")
+    models = [process.state.openai_serving_models for process in (app, other)]
+    assert all(adapter.name in served.lora_requests for served in models)
+    assert client_of(url).models.delete(adapter.name).deleted
+    assert all(list(served.lora_requests) == ["static"] for served in models)
+    assert models[0].engine_client.unloaded == [adapter.int_id]
+    assert app.state.finetuning_adapters.base.adapter_bytes(1) == 4 * 30 * 78_080
 
 
 def test_adapters_of_another_model_are_not_served(tmp_path: Path) -> None:

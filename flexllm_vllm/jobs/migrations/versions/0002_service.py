@@ -36,6 +36,14 @@ def upgrade() -> None:
         adapters.add_column(_organization())
     op.create_index("ix_adapters_organization_id", "adapters", ["organization_id"])
     _create(
+        "deleted_adapters",
+        _number("int_id"),
+        _text("path"),
+        sa.Column("job_id", sa.String),
+        sa.Column("by_job", sa.Boolean, nullable=False),
+        _number("deleted_at"),
+    )
+    _create(
         "checkpoints",
         _text("id", unique=True),
         sa.Column(
@@ -80,6 +88,7 @@ def upgrade() -> None:
         sa.Column("error", sa.JSON(none_as_null=True)),
         _number("created_at"),
         sa.Column("finished_at", sa.Integer),
+        _number("attempts"),
         sa.Column("claimed_by", sa.String),
         sa.Column("claimed_until", sa.Integer),
         _organization(index=True),

@@ -1,0 +1,148 @@
+"""``/v1/finetuning/adapters``: list, import, export and delete adapters."""
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import StreamingResponse
+
+from flexllm_vllm.api.adapter_objects import ERRORS, AdapterDeleted, AdapterObject, AdapterPage
+from flexllm_vllm.api.adapter_removal import remove_path
+from flexllm_vllm.api.adapter_service import AdapterService, adapter_object
+from flexllm_vllm.api.dependencies import Adapters
+from flexllm_vllm.api.errors import ApiError, OpenAIRoute
+from flexllm_vllm.api.multipart import announced_bytes, read_form
+from flexllm_vllm.api.tenants import CurrentTenant
+from flexllm_vllm.jobs.names import new_id
+
+
+@asynccontextmanager
+async def _tasks(app: FastAPI) -> AsyncIterator[None]:
+    """Within the life of the application, whose state is complete when it begins."""
+    service: AdapterService | None = getattr(app.state, "finetuning_adapters", None)
+    if service is None:
+        yield
+        return
+    async with service.remover.running(), service.merger.running():
+        yield
+
+
+router = APIRouter(
+    prefix="/v1/finetuning/adapters",
+    route_class=OpenAIRoute,
+    tags=["finetuning"],
+    responses=ERRORS,
+    lifespan=_tasks,
+)
+
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "A tar.gz of a PEFT folder.",
+                        },
+                        "suffix": {"type": "string", "maxLength": 64},
+                    },
+                }
+            }
+        },
+    }
+}
+_ARCHIVE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A tar.gz of adapter_config.json and adapter_model.safetensors.",
+        "content": {"application/gzip": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post("", openapi_extra=_FORM)
+async def import_adapter(
+    request: Request, service: Adapters, tenant: CurrentTenant
+) -> AdapterObject:
+    """Upload the ``tar.gz`` of a PEFT folder; it is checked against the base model and served."""
+    limit = service.max_archive_bytes
+    _check_size(announced_bytes(request), limit)
+    folder = service.store.adapters_folder
+    partial = folder / f".{new_id('upload')}"
+    try:
+        with partial.open("xb") as file:
+
+            def write(piece: memoryview) -> None:
+                _check_size(file.tell() + len(piece), limit)
+                file.write(piece)
+
+            form = await read_form(request, "file", ("suffix",), write)
+        return await asyncio.to_thread(
+            lambda: adapter_object(
+                service.import_archive(partial, form.fields.get("suffix"), tenant)
+            )
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = "The disk of this server is full"
+        raise ApiError(507, message, None, "insufficient_storage") from error
+    finally:
+        await asyncio.to_thread(remove_path, partial)
+
+
+@router.get("")
+async def list_adapters(
+    service: Adapters,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> AdapterPage:
+    """Adapters of jobs, checkpoints, imports and merges, newest first."""
+
+    def read() -> AdapterPage:
+        adapters, has_more = service.store.adapters.page(after, limit, tenant.organization_id)
+        data = [adapter_object(adapter) for adapter in adapters]
+        return AdapterPage(
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=has_more,
+        )
+
+    return await asyncio.to_thread(read)
+
+
+@router.get("/{name:path}/content", response_class=StreamingResponse, responses=_ARCHIVE)
+async def export_adapter(name: str, service: Adapters, tenant: CurrentTenant) -> StreamingResponse:
+    """The PEFT folder of an adapter as a ``tar.gz``."""
+    pieces = await asyncio.to_thread(service.export, name, tenant)
+    filename = name.replace(":", "-").replace("/", "-").encode("ascii", "replace").decode()
+    headers = {"Content-Disposition": f'attachment; filename="{filename}.tar.gz"'}
+    return StreamingResponse(pieces, media_type="application/gzip", headers=headers)
+
+
+@router.get("/{name:path}")
+async def get_adapter(name: str, service: Adapters, tenant: CurrentTenant) -> AdapterObject:
+    """One adapter."""
+    return await asyncio.to_thread(lambda: adapter_object(service.get(name, tenant)))
+
+
+@router.delete("/{name:path}")
+async def delete_adapter(name: str, service: Adapters, tenant: CurrentTenant) -> AdapterDeleted:
+    """Delete an adapter that no unfinished job or merge needs."""
+    await service.delete(name, tenant)
+    return AdapterDeleted(id=name)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        message = f"The archive is above this server's limit of {limit} bytes"
+        raise ApiError(413, message, "file", "too_large")

@@ -1,0 +1,57 @@
+"""``/v1/finetuning/adapters/merge`` and ``merges``: new adapters from several."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from flexllm_vllm.api.adapter_objects import (
+    ERRORS,
+    MergeCreateRequest,
+    MergeObject,
+    MergePage,
+    merge_object,
+)
+from flexllm_vllm.api.dependencies import Adapters
+from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.tenants import CurrentTenant
+
+router = APIRouter(
+    prefix="/v1/finetuning/adapters", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
+)
+
+
+@router.post("/merge")
+async def create_merge(
+    body: MergeCreateRequest, service: Adapters, tenant: CurrentTenant
+) -> MergeObject:
+    """Merge adapters into a new one, in the background, as
+    ``peft.LoraModel.add_weighted_adapter`` does."""
+    return merge_object(await asyncio.to_thread(service.create_merge, body, tenant))
+
+
+@router.get("/merges")
+async def list_merges(
+    service: Adapters,
+    tenant: CurrentTenant,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> MergePage:
+    """Merges, newest first."""
+    merges, has_more = await asyncio.to_thread(
+        service.store.merges.page, after, limit, tenant.organization_id
+    )
+    return MergePage(
+        data=[merge_object(merge) for merge in merges],
+        first_id=merges[0].id if merges else None,
+        last_id=merges[-1].id if merges else None,
+        has_more=has_more,
+    )
+
+
+@router.get("/merges/{merge_id}")
+async def get_merge(merge_id: str, service: Adapters, tenant: CurrentTenant) -> MergeObject:
+    """One merge."""
+    return merge_object(
+        await asyncio.to_thread(service.store.merges.get, merge_id, tenant.organization_id)
+    )
