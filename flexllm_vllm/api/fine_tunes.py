@@ -43,6 +43,7 @@ async def create_fine_tune(
     request = JobCreateRequest(
         model=body.model or service.base_models[0],
         training_file=body.training_file,
+        validation_file=body.validation_file,
         suffix=body.suffix,
         hyperparameters=Hyperparameters(
             n_epochs=body.n_epochs,

@@ -5,10 +5,12 @@ from typing import Any
 
 from flexllm_vllm.api.errors import invalid
 from flexllm_vllm.api.requests import Hyperparameters
-from flexllm_vllm.jobs.types import TrainingSpec
+from flexllm_vllm.jobs.types import Method, TrainingSpec
 
 DEFAULT_N_EPOCHS = 3
 DEFAULT_LEARNING_RATE = 2e-4  # usual for LoRA; what learning_rate_multiplier multiplies
+DEFAULT_DPO_LEARNING_RATE = 1e-5
+DEFAULT_BETA = 0.1
 MAX_AUTO_BATCH_SIZE = 16
 
 _OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
@@ -23,6 +25,11 @@ _SAME_NAME = (
     "max_steps",
     "shuffle",
     "scheduling_weight",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "early_stopping_patience",
+    "load_best_model_at_end",
 )
 
 
@@ -34,7 +41,8 @@ def auto_batch_size(num_examples: int) -> int:
 def requested(wanted: Hyperparameters) -> dict[str, Any]:
     """OpenAI's three hyperparameters as given, "auto" where they were not."""
     given = wanted.model_dump()
-    return {name: "auto" if given[name] is None else given[name] for name in _OPENAI}
+    names = (*_OPENAI, "beta") if "beta" in given else _OPENAI
+    return {name: "auto" if given[name] is None else given[name] for name in names}
 
 
 def resolve_training(
@@ -43,6 +51,8 @@ def resolve_training(
     num_examples: int,
     max_seq_length: int,
     where: str,
+    method: Method = "supervised",
+    has_validation: bool = False,
 ) -> TrainingSpec:
     """All values that training needs.
 
@@ -63,14 +73,19 @@ def resolve_training(
         seed = wanted.seed
     n_epochs = _number(wanted.n_epochs)
     batch_size = _number(wanted.batch_size)
+    for name in ("eval_steps", "early_stopping_patience", "load_best_model_at_end"):
+        if getattr(wanted, name) and not has_validation:
+            raise invalid(f"{name} needs a validation_file", f"{where}.{name}")
+    default_rate = DEFAULT_DPO_LEARNING_RATE if method == "dpo" else DEFAULT_LEARNING_RATE
     given = wanted.model_dump(include=set(_SAME_NAME), exclude_none=True)
     return TrainingSpec(
         batch_size=auto_batch_size(num_examples) if batch_size is None else int(batch_size),
         max_seq_length=max_seq_length,
         seed=secrets.randbelow(2**31) if seed is None else seed,
         n_epochs=DEFAULT_N_EPOCHS if n_epochs is None else int(n_epochs),
-        learning_rate=wanted.learning_rate or DEFAULT_LEARNING_RATE * (multiplier or 1.0),
+        learning_rate=wanted.learning_rate or default_rate * (multiplier or 1.0),
         learning_rate_multiplier=multiplier,
+        beta=_number(getattr(wanted, "beta", None)) or DEFAULT_BETA,
         **given,
     )
 

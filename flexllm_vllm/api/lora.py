@@ -9,7 +9,6 @@ from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.requests import Lora
 from flexllm_vllm.jobs.types import TARGET_MODULES, LoraSpec
 
-_WHERE = "method.supervised.lora"
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform")
 
 
@@ -19,6 +18,7 @@ def resolve_lora(
     allowed_modules: tuple[str, ...],
     num_layers: int,
     find_adapter: Callable[[str], str | None],
+    where: str = "method.supervised.lora",
 ) -> tuple[LoraSpec, str | None]:
     """The adapter to train, and the PEFT folder to start from (None: a fresh adapter).
 
@@ -34,12 +34,14 @@ def resolve_lora(
         path = find_adapter(wanted.init_from)
         if path is None:
             message = f"The adapter '{wanted.init_from[:200]}' does not exist"
-            raise ApiError(404, message, f"{_WHERE}.init_from", "model_not_found")
-        for name, value in _adapter_settings(wanted.init_from, Path(path)).items():
+            raise ApiError(404, message, f"{where}.init_from", "model_not_found")
+        for name, value in _adapter_settings(
+            wanted.init_from, Path(path), f"{where}.init_from"
+        ).items():
             if _comparable(given.setdefault(name, value)) != _comparable(value):
                 raise invalid(
                     f"{name} is {given[name]}, but '{wanted.init_from}' has {value}; leave it out",
-                    f"{_WHERE}.{name}",
+                    f"{where}.{name}",
                 )
     given.setdefault("target_modules", allowed_modules)
     refused = [name for name in given["target_modules"] if name not in allowed_modules]
@@ -47,7 +49,7 @@ def resolve_lora(
         raise invalid(
             f"{', '.join(refused)} cannot be trained on this server; allowed: "
             f"{', '.join(allowed_modules)}",
-            f"{_WHERE}.target_modules",
+            f"{where}.target_modules",
         )
     given["target_modules"] = tuple(given["target_modules"])
     layers = given.get("layers_to_transform") or ()
@@ -55,7 +57,7 @@ def resolve_lora(
         raise invalid(
             f"the model has {num_layers} layers, 0 to {num_layers - 1}; there is no layer "
             f"{max(layers)}",
-            f"{_WHERE}.layers_to_transform",
+            f"{where}.layers_to_transform",
         )
     if "lora_alpha" in given and float(given["lora_alpha"]).is_integer():
         given["lora_alpha"] = int(given["lora_alpha"])  # as PEFT writes it
@@ -64,14 +66,13 @@ def resolve_lora(
         raise invalid(
             f"rank {spec.r} is above this server's maximum of {max_lora_rank} "
             "(--finetuning-max-lora-rank)",
-            f"{_WHERE}.r",
+            f"{where}.r",
         )
     return spec, path
 
 
-def _adapter_settings(name: str, path: Path) -> dict[str, Any]:
+def _adapter_settings(name: str, path: Path, where: str) -> dict[str, Any]:
     """The settings of a PEFT folder that training can continue."""
-    where = f"{_WHERE}.init_from"
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         settings = {

@@ -1,6 +1,6 @@
 """What users may send, checked field by field; nothing unknown is passed over in silence."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -35,8 +35,10 @@ def _auto_float(value: Any) -> Any:
 
 
 def _method_type(value: Any) -> Any:
-    if value != "supervised":
-        raise ValueError(f"only the method 'supervised' is supported, got {str(value)[:40]!r}")
+    if value not in ("supervised", "dpo"):
+        raise ValueError(
+            f"only the methods 'supervised' and 'dpo' are supported, got {str(value)[:40]!r}"
+        )
     return value
 
 
@@ -49,12 +51,6 @@ def _safe_suffix(value: str | None) -> str | None:
 def _no_integrations(value: Any) -> Any:
     if value:
         raise ValueError("integrations are not supported yet")
-    return None
-
-
-def _no_validation_file(value: Any) -> Any:
-    if value is not None:
-        raise ValueError("a validation file is not supported yet; leave it out")
     return None
 
 
@@ -97,6 +93,9 @@ class _Request(BaseModel):
         return value
 
 
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class Hyperparameters(_Request):
     """OpenAI's three, and those of ``transformers.TrainingArguments`` beside them."""
 
@@ -116,6 +115,11 @@ class Hyperparameters(_Request):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     shuffle: bool | None = None
     scheduling_weight: Annotated[Number, Field(gt=0, le=1000)] | None = None
+    eval_steps: Steps | None = None
+    save_steps: Steps | None = None
+    save_total_limit: Annotated[int, Field(ge=1, le=100)] | None = None
+    early_stopping_patience: Steps | None = None
+    load_best_model_at_end: bool | None = None
 
     @field_validator("max_steps")
     @classmethod
@@ -156,11 +160,32 @@ class Supervised(_Request):
     lora: Lora | None = None
 
 
-class Method(_Request):
-    """``method``."""
+class DpoHyperparameters(Hyperparameters):
+    """Those, and DPO's ``beta``."""
 
-    type: Annotated[Literal["supervised"], BeforeValidator(_method_type)]
+    beta: AutoFloat = None
+
+
+class Dpo(_Request):
+    """``method.dpo``."""
+
+    hyperparameters: DpoHyperparameters | None = None
+    lora: Lora | None = None
+
+
+class Method(_Request):
+    """``method``: its type, and the settings of that type alone."""
+
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_method_type)]
     supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        other = "supervised" if self.type == "dpo" else "dpo"
+        if getattr(self, other) is not None:
+            raise ValueError(f"the type is '{self.type}', but settings of '{other}' are given")
+        return self
 
 
 class JobCreateRequest(_Request):
@@ -173,7 +198,7 @@ class JobCreateRequest(_Request):
     suffix: Suffix = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: dict[str, str] | None = None
-    validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None
+    validation_file: str | None = None
     integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
 
     @field_validator("metadata")
@@ -197,4 +222,4 @@ class LegacyJobCreateRequest(_Request):
     batch_size: AutoInt = None
     learning_rate_multiplier: AutoFloat = None
     suffix: Suffix = None
-    validation_file: Annotated[None, BeforeValidator(_no_validation_file)] = None
+    validation_file: str | None = None

@@ -13,6 +13,8 @@ from flexllm_vllm.jobs.types import (
     UploadPart,
 )
 
+OPENAI_NAMES = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
 
 def page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     """A page of a list with cursors."""
@@ -77,7 +79,7 @@ def job_object(job: FinetuningJob) -> dict[str, Any]:
         "estimated_finish": _estimated_finish(job),
         "fine_tuned_model": job.fine_tuned_model,
         "finished_at": job.finished_at,
-        "hyperparameters": job.hyperparameters,
+        "hyperparameters": {name: job.hyperparameters.get(name, "auto") for name in OPENAI_NAMES},
         "integrations": job.integrations or [],
         "metadata": job.metadata,
         "method": {
@@ -197,6 +199,11 @@ def _hyperparameters(job: FinetuningJob) -> dict[str, Any]:
         "max_seq_length": training.max_seq_length,
         "shuffle": training.shuffle,
         "scheduling_weight": training.scheduling_weight,
+        "eval_steps": training.eval_steps,
+        "save_steps": training.save_steps,
+        "save_total_limit": training.save_total_limit,
+        "early_stopping_patience": training.early_stopping_patience,
+        "load_best_model_at_end": training.load_best_model_at_end,
     }
 
 

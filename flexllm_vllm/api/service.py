@@ -1,7 +1,6 @@
 """What the routes do, without HTTP: the rules of the service over store and tokenizer."""
 
 import json
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,23 +11,30 @@ from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.file_service import FileService
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
 from flexllm_vllm.api.idempotency import create_once
+from flexllm_vllm.api.job_data import JobData, report_events
 from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.lora import resolve_lora
-from flexllm_vllm.api.requests import Hyperparameters, JobCreateRequest, Lora
+from flexllm_vllm.api.requests import (
+    Dpo,
+    DpoHyperparameters,
+    Hyperparameters,
+    JobCreateRequest,
+    Lora,
+    Supervised,
+)
 from flexllm_vllm.api.tenants import LOCAL, Tenant
 from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.order import num_steps
-from flexllm_vllm.data.tokenize import (
-    ExampleTokenizer,
-    TokenizationReport,
-    tokenize_file,
-)
+from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
+    DATASET_FILE,
     TARGET_MODULES,
+    VALIDATION_FILE,
     FinetuningJob,
+    Method,
     NewEvent,
     NewJob,
     TrainingSpec,
@@ -66,12 +72,10 @@ class FinetuningService:
     num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
     limits: Limits = field(default_factory=Limits)
-    # Fast tokenizers refuse two threads at once ("Already borrowed").
-    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @cached_property
-    def _tokenizer(self) -> ExampleTokenizer:
-        return self.load_tokenizer()
+    def _data(self) -> JobData:
+        return JobData(self.store, self.load_tokenizer)
 
     @cached_property
     def watch(self) -> StoreWatch:
@@ -112,42 +116,41 @@ class FinetuningService:
     def _create_job(
         self, request: JobCreateRequest, tenant: Tenant, claim: IdempotencyClaim | None
     ) -> FinetuningJob:
-        self._check_model(request.model, tenant)
+        model, continued = self._base_of(request.model, tenant)
         wanted, where = _hyperparameters(request)
-        lora_request = (
-            request.method and request.method.supervised and request.method.supervised.lora
-        )
         lora, init_adapter_path = resolve_lora(
-            lora_request or Lora(),
+            _lora(request, continued),
             self.max_lora_rank,
             self.target_modules,
             self.num_layers,
             self.find_adapter,
+            f"method.{_method(request)}.lora",
         )
-        path = self._training_file(request.training_file, tenant)
-        self.files.check_job(path)
-        max_seq_length = wanted.max_seq_length or self.max_seq_length
-        if max_seq_length > self.max_seq_length:
-            raise invalid(
-                f"max_seq_length {max_seq_length} is above this server's maximum of "
-                f"{self.max_seq_length} tokens",
-                f"{where}.max_seq_length",
-            )
+        method = _method(request)
+        max_seq_length = self._max_seq_length(wanted, method, where)
         job_id, folder = self.store.new_job()
         try:
-            report = self._tokenize(path, folder, max_seq_length)
+            report, events = self._tokenize(request, tenant, folder, max_seq_length)
             training = resolve_training(
-                wanted, request.seed, report.num_examples, max_seq_length, where
+                wanted,
+                request.seed,
+                report.num_examples,
+                max_seq_length,
+                where,
+                method,
+                has_validation=request.validation_file is not None,
             )
             training = _within_weight(training, wanted, tenant, where)
             return self.store.create_job(
                 NewJob(
                     id=job_id,
-                    model=request.model,
+                    model=model,
                     adapter_name=adapter_name(
-                        request.model, tenant.organization_id, request.suffix, job_id
+                        model, tenant.organization_id, request.suffix, job_id
                     ),
                     training_file=request.training_file,
+                    validation_file=request.validation_file,
+                    method=method,
                     lora=lora,
                     training=training,
                     total_steps=num_steps(
@@ -161,7 +164,7 @@ class FinetuningService:
                     init_adapter_path=init_adapter_path,
                     organization_id=tenant.organization_id,
                     metadata=request.metadata,
-                    events=_first_events(job_id, request.training_file, report, max_seq_length),
+                    events=(NewEvent(f"Created fine-tuning job: {job_id}"), *events),
                 ),
                 tenant.quotas,
                 claim,
@@ -170,6 +173,43 @@ class FinetuningService:
         except BaseException:
             self.store.discard_new_job(job_id)
             raise
+
+    def _max_seq_length(self, wanted: Hyperparameters, method: Method, where: str) -> int:
+        """Of one example. The two of a pair are kept at once."""
+        most = self.max_seq_length // 2 if method == "dpo" else self.max_seq_length
+        asked = wanted.max_seq_length or most
+        if asked > most:
+            raise invalid(
+                f"max_seq_length {asked} is above this server's maximum of {most} tokens",
+                f"{where}.max_seq_length",
+            )
+        return asked
+
+    def _tokenize(
+        self, request: JobCreateRequest, tenant: Tenant, folder: Path, max_seq_length: int
+    ) -> tuple[TokenizationReport, list[NewEvent]]:
+        """Writes the data sets of a job; what is told of its training file, and the events."""
+        method, organization = _method(request), tenant.organization_id
+        path = self._data.path(request.training_file, "training_file", organization)
+        valid = request.validation_file
+        valid_path = self._data.path(valid, "validation_file", organization) if valid else None
+        self.files.check_job(path)
+        report = self._data.tokenize(
+            path, folder / DATASET_FILE, method, max_seq_length, "training_file"
+        )
+        events = report_events("training", request.training_file, report, max_seq_length)
+        if valid is not None and valid_path is not None:
+            checked = self._data.tokenize(
+                valid_path, folder / VALIDATION_FILE, method, max_seq_length, "validation_file"
+            )
+            events += report_events("validation", valid, checked, max_seq_length)
+        events.append(
+            NewEvent(
+                f"Files validated: {report.num_examples} examples, {report.num_tokens} tokens, "
+                f"{report.num_loss_tokens} of them to learn; the job is queued"
+            )
+        )
+        return report, events
 
     async def iterations(self, last: int) -> list[dict[str, Any]]:
         """Records of the engine's last iterations, oldest first.
@@ -183,47 +223,57 @@ class FinetuningService:
             logger.exception("the engine did not report its iterations")
             raise ApiError(503, "The engine did not report its iterations.") from error
 
-    def _check_model(self, model: str, tenant: Tenant) -> None:
+    def _base_of(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
+        """The base model to train on, and the adapter to continue from where one is named."""
         if model in self.base_models:
-            return
-        if self.store.adapters.get(model, tenant.organization_id) is not None:
-            raise invalid(
-                f"The model '{model}' is an adapter: to go on training it, name the base model "
-                f"'{self.base_models[0]}' here and the adapter as method.supervised.lora.init_from",
-                "model",
-            )
+            return model, None
+        adapter = self.store.adapters.get(model, tenant.organization_id)
+        if adapter is not None and adapter.base_model in self.base_models:
+            return adapter.base_model, model
         message = f"The model '{model[:200]}' does not exist; served: {', '.join(self.base_models)}"
         raise ApiError(404, message, "model", "model_not_found")
 
-    def _training_file(self, file_id: str, tenant: Tenant) -> Path:
-        try:
-            return self.store.files.path(file_id, tenant.organization_id)
-        except LookupError as error:
-            raise ApiError(404, str(error), "training_file", "file_not_found") from None
 
-    def _tokenize(self, path: Path, folder: Path, max_seq_length: int) -> TokenizationReport:
-        with self._tokenizing:
-            dataset, report = tokenize_file(path, self._tokenizer, max_seq_length)
-        dataset.save(folder)
-        return report
+def _method(request: JobCreateRequest) -> Method:
+    return request.method.type if request.method else "supervised"
+
+
+def _settings(request: JobCreateRequest) -> Supervised | Dpo | None:
+    """What the request says of its method."""
+    if request.method is None:
+        return None
+    return request.method.supervised or request.method.dpo
+
+
+def _lora(request: JobCreateRequest, continued: str | None) -> Lora:
+    settings = _settings(request)
+    wanted = (settings and settings.lora) or Lora()
+    if continued is None:
+        return wanted
+    if wanted.init_from not in (None, continued):
+        raise invalid(
+            f"The model is the adapter '{continued}', and init_from names another one; give one",
+            f"method.{_method(request)}.lora.init_from",
+        )
+    return wanted.model_copy(update={"init_from": continued})
 
 
 def _hyperparameters(request: JobCreateRequest) -> tuple[Hyperparameters, str]:
     """The hyperparameters, and the path at which the request gave them."""
-    supervised = request.method.supervised if request.method else None
-    if supervised and supervised.hyperparameters:
-        if request.hyperparameters and requested(request.hyperparameters) != requested(
-            supervised.hyperparameters
-        ):
+    method, settings = _method(request), _settings(request)
+    given = settings.hyperparameters if settings else None
+    if given:
+        top = request.hyperparameters
+        if top and {**requested(given), **requested(top)} != requested(given):
             raise invalid(
                 "hyperparameters are given twice and differ; give them under "
-                "method.supervised.hyperparameters only",
+                f"method.{method}.hyperparameters only",
                 "hyperparameters",
             )
-        return supervised.hyperparameters, "method.supervised.hyperparameters"
+        return given, f"method.{method}.hyperparameters"
     if request.hyperparameters:
         return request.hyperparameters, "hyperparameters"
-    return Hyperparameters(), "hyperparameters"
+    return (DpoHyperparameters() if method == "dpo" else Hyperparameters()), "hyperparameters"
 
 
 def _within_weight(
@@ -240,24 +290,3 @@ def _within_weight(
             f"{where}.scheduling_weight",
         )
     return replace(training, scheduling_weight=most)
-
-
-def _first_events(
-    job_id: str, file_id: str, report: TokenizationReport, max_seq_length: int
-) -> tuple[NewEvent, ...]:
-    events = [
-        NewEvent(f"Created fine-tuning job: {job_id}"),
-        NewEvent(f"Validating training file: {file_id}"),
-    ]
-    if report.num_truncated:
-        message = f"{report.num_truncated} examples are truncated to {max_seq_length} tokens"
-        data = {"num_truncated": report.num_truncated, "max_seq_length": max_seq_length}
-        events.append(NewEvent(message, "warn", data=data))
-    if report.num_skipped:
-        message = f"{report.num_skipped} examples are skipped: no token to learn remains in them"
-        events.append(NewEvent(message, "warn", data={"num_skipped": report.num_skipped}))
-    message = (
-        f"Files validated: {report.num_examples} examples, {report.num_tokens} tokens, "
-        f"{report.num_loss_tokens} of them to learn; the job is queued"
-    )
-    return (*events, NewEvent(message))

@@ -21,6 +21,10 @@ TARGET_MODULES = (
 FIRST_TRAINING_INT_ID = 1_000_000
 FIRST_SERVED_INT_ID = 500_000_000
 
+# The tokenized examples in a job's folder.
+DATASET_FILE = "dataset.safetensors"
+VALIDATION_FILE = "validation.safetensors"
+
 AdapterSource = Literal["job", "checkpoint", "import", "merge"]
 Method = Literal["supervised", "dpo"]
 # ``combination_type`` of ``peft.LoraModel.add_weighted_adapter``.
@@ -241,12 +245,12 @@ class FinetuningJob:
     @property
     def dataset_path(self) -> Path:
         """The tokenized examples."""
-        return self.folder / "dataset.safetensors"
+        return self.folder / DATASET_FILE
 
     @property
     def validation_path(self) -> Path:
         """The tokenized examples of the validation file."""
-        return self.folder / "validation.safetensors"
+        return self.folder / VALIDATION_FILE
 
     @property
     def checkpoints_path(self) -> Path:

@@ -158,11 +158,19 @@ def test_an_unknown_job_is_not_found(client: openai.OpenAI) -> None:
         ({"suffix": "a/b"}, 400, "suffix", "letters"),
         ({"suffix": "a" * 65}, 400, "suffix", "64"),
         ({"seed": "7"}, 400, "seed", "integer"),
-        ({"validation_file": "file-x"}, 400, "validation_file", "not supported"),
+        ({"validation_file": "file-x"}, 404, "validation_file", "No such File"),
+        (
+            {"hyperparameters": {"eval_steps": 5}},
+            400,
+            "hyperparameters.eval_steps",
+            "validation_file",
+        ),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "not supported"),
         ({"metadata": {"a": 1}}, 400, "metadata.a", "string"),
         ({"extra_body": {"foo": 1}}, 400, "foo", "foo"),
-        ({"method": {"type": "dpo"}}, 400, "method.type", "only the method 'supervised'"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type", "'supervised' and 'dpo'"),
+        ({"method": {"type": "dpo"}}, 400, "training_file", "dpo"),
+        ({"method": {"type": "dpo", "supervised": {}}}, 400, "method", "the type is 'dpo'"),
         ({"method": supervised(beta=1)}, 400, f"{HYPERPARAMETERS}.beta", "beta"),
         ({"method": supervised(n_epochs=0)}, 400, f"{HYPERPARAMETERS}.n_epochs", "'auto'"),
         ({"method": supervised(n_epochs="3")}, 400, f"{HYPERPARAMETERS}.n_epochs", "'auto'"),
@@ -270,8 +278,52 @@ def test_training_goes_on_from_an_adapter(
     with pytest.raises(openai.BadRequestError, match="r is 8") as caught:
         create(client, file_id, method=supervised({"init_from": first.adapter_name, "r": 8}))
     assert caught.value.param == f"{LORA}.r"
-    with pytest.raises(openai.BadRequestError, match="init_from"):
-        create(client, file_id, model=first.adapter_name)
+    third = server.store.get_job(create(client, file_id, model=first.adapter_name).id)
+    assert (third.model, third.lora) == ("demo", second.lora)
+    assert third.init_adapter_path == second.init_adapter_path
+    with pytest.raises(openai.BadRequestError, match="give one"):
+        create(client, file_id, model=first.adapter_name, method=supervised({"init_from": "x"}))
+
+
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "2+3?"}]},
+    "preferred_output": [{"role": "assistant", "content": "5"}],
+    "non_preferred_output": [{"role": "assistant", "content": "23"}],
+}
+
+
+def test_a_job_on_preferences(server: Any, client: openai.OpenAI, upload: Upload) -> None:
+    hyperparameters = {"beta": 0.25, "n_epochs": 2, "batch_size": 2}
+    job = create(
+        client,
+        upload(PAIR, PAIR, PAIR),
+        validation_file=upload(PAIR),
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+    )
+    assert job.method.type == "dpo"
+    assert job.method.dpo.hyperparameters.beta == 0.25
+    assert job.hyperparameters.n_epochs == 2
+    stored = server.store.get_job(job.id)
+    assert (stored.method, stored.training.beta, stored.total_steps) == ("dpo", 0.25, 4)
+    assert stored.dataset_path.exists()
+    assert stored.validation_path.exists()
+
+
+def test_settings_of_evaluation(server: Any, client: openai.OpenAI, upload: Upload) -> None:
+    wanted = {"eval_steps": 2, "early_stopping_patience": 3, "load_best_model_at_end": True,
+              "save_steps": 4, "save_total_limit": 5}  # fmt: skip
+    job = create(client, upload(), validation_file=upload(), hyperparameters=wanted)
+    training = server.store.get_job(job.id).training
+    assert {name: getattr(training, name) for name in wanted} == wanted
+    shown = job.method.supervised.hyperparameters.model_dump()
+    assert wanted.items() <= shown.items()
+
+
+def test_an_error_in_the_validation_file_names_it(client: openai.OpenAI, upload: Upload) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, upload(), validation_file=upload(PAIR))
+    assert caught.value.param == "validation_file"
+    assert caught.value.code == "invalid_validation_file"
 
 
 def test_a_bug_of_ours_is_a_500_and_the_server_lives_on(
