@@ -48,6 +48,8 @@ _OPERATOR = (
     "/inference/v1/abort_requests",
 )
 _ADMIN_TO_CHANGE = ("/v1/models", "/v1/webhook_endpoints")
+# Members import and merge adapters, too.
+_ADMIN_TO_DELETE = ("/v1/finetuning/adapters",)
 _READING = ("GET", "HEAD")
 
 
@@ -70,7 +72,8 @@ def check_permission(tenant: Tenant, method: str, path: str) -> None:
         return
     if tenant.role is Role.READ_ONLY:
         raise _forbidden("Your key has the role 'read_only': it cannot create, change or delete.")
-    if tenant.role is not Role.ADMIN and is_below(path, _ADMIN_TO_CHANGE):
+    for_admins = (*_ADMIN_TO_CHANGE, *(_ADMIN_TO_DELETE if method == "DELETE" else ()))
+    if tenant.role is not Role.ADMIN and is_below(path, for_admins):
         raise _forbidden(f"Your key has the role '{tenant.role}'; this needs the role 'admin'.")
 
 

@@ -31,6 +31,7 @@ from flexllm_vllm.api.adapters import serve_adapters
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.plugin import attach_routes
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.data import ExampleTokenizer
 from flexllm_vllm.jobs import JobStore
 from flexllm_vllm.scheduler.iterations import Iteration
@@ -185,6 +186,7 @@ def start_server(
         adapters = _adapter_service(app, store, engine)
         app.state.finetuning = service
         app.state.finetuning_adapters = adapters
+        app.state.finetuning_webhooks = WebhookSender(store)
         return Server(serve(app), app, service, store, adapters, engine)
 
     yield start

@@ -215,6 +215,12 @@ def test_roles(served: tuple[FastAPI, str]) -> None:
         with pytest.raises(openai.PermissionDeniedError) as caught:
             call()
         assert caught.value.code == "insufficient_permissions"
+    adapters = f"{url}/v1/finetuning/adapters"
+    for key, imports, deletes in ((READER, 403, 403), (ACME, 400, 403), (BOSS, 400, 404)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.post(adapters, headers=headers).status_code == imports
+        assert httpx.post(f"{adapters}/merge", headers=headers).status_code == imports
+        assert httpx.delete(f"{adapters}/ft:x", headers=headers).status_code == deletes
     for path in ("/v1/load_lora_adapter", "/tokenizer_info", "/inference/v1/abort_requests"):
         for key, refused in ((BOSS, True), ("sk-operator", False)):
             answer = httpx.get(url + path, headers={"Authorization": f"Bearer {key}"})

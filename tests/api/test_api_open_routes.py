@@ -16,6 +16,9 @@ from vllm_application import vllm_application
 OPEN = {
     "/docs",
     "/docs/oauth2-redirect",
+    "/finetuning",
+    "/finetuning/",
+    "/finetuning/assets/x",
     "/health",
     "/load",
     "/metrics",

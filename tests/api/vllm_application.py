@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
+from transformers import LlamaConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -28,7 +29,7 @@ class Engine:
         self.model_config = SimpleNamespace(
             max_model_len=512,
             model="path/to/demo",
-            hf_text_config=SimpleNamespace(num_hidden_layers=30),
+            hf_text_config=LlamaConfig(num_hidden_layers=30),
         )
         config = FinetuningConfig(dir=root, activation_cache_tokens=128)
         self.vllm_config = SimpleNamespace(

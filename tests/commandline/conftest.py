@@ -1,28 +1,27 @@
 """The command line against the real HTTP server of tests/api."""
 
-import io
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
-from fastapi import Response
-from fastapi.responses import JSONResponse
-from vllm.entrypoints.openai.models.api_router import router as models_router
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-from flexllm_vllm.api.adapters import serve_adapters
 from flexllm_vllm.commandline import follow, patience
 from flexllm_vllm.commandline.main import main
-from tests.api.conftest import Server, client, serve, server, toy_tokenizer, upload
+from tests.api.conftest import (
+    Server,
+    client,
+    serve,
+    server,
+    start_server,
+    toy_tokenizer,
+    upload,
+)
 
-__all__ = ["client", "serve", "server", "toy_tokenizer", "upload"]
+__all__ = ["client", "serve", "server", "start_server", "toy_tokenizer", "upload"]
 
 LINES = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
@@ -42,44 +41,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def models_server(server: Server) -> Server:
-    """The server, with vLLM's own ``/v1/models`` over the adapters of the store."""
-    engine: Any = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=512, model="path/to/demo"),
-        renderer=None,
-        input_processor=None,
-    )
-    models = OpenAIServingModels(engine, [BaseModelPath(name="demo", model_path="path/to/demo")])
-    serve_adapters(models, server.store)
-    server.app.state.openai_serving_models = models
-    server.app.include_router(models_router)
-    _add_adapter_routes(server)
-    return server
-
-
-def _add_adapter_routes(server: Server) -> None:
-    """The adapters' routes as the API describes them, over the store and the adapters' folders."""
-
-    @server.app.delete("/v1/models/{name:path}")
-    def delete(name: str) -> dict[str, Any]:
-        server.store.adapters.delete(name)
-        return {"id": name, "object": "model", "deleted": True}
-
-    @server.app.get("/v1/finetuning/adapters/{name:path}/content")
-    def content(name: str) -> Response:
-        adapter = server.store.adapters.get(name)
-        if adapter is None:
-            error = {"message": f"No adapter '{name}'", "type": "invalid_request_error"}
-            error |= {"param": "name", "code": "model_not_found"}
-            return JSONResponse({"error": error}, status_code=404)
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-            for path in sorted(Path(adapter.path).iterdir()):
-                tar.add(path, path.name)
-        return Response(archive.getvalue(), media_type="application/gzip")
-
-
-@pytest.fixture
 def create(client: openai.OpenAI, upload: Callable[..., str]) -> Callable[..., str]:
     """Create a job; returns its id."""
 
@@ -91,11 +52,9 @@ def create(client: openai.OpenAI, upload: Callable[..., str]) -> Callable[..., s
 
 
 @pytest.fixture
-def run(
-    models_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+def run(server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line against the server, in this process."""
-    monkeypatch.setenv("OPENAI_BASE_URL", f"{models_server.url}/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
     monkeypatch.setattr(patience, "FIRST_DELAY", 0.02)
