@@ -3,6 +3,7 @@
 The functions below named ``on_worker`` run inside the worker process (vLLM's ``collective_rpc``).
 """
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import FinetuningJob, LoraSpec, NewJob, TrainingSpec
+from flexllm_vllm.jobs.types import (
+    DATASET_FILE,
+    VALIDATION_FILE,
+    FinetuningJob,
+    LoraSpec,
+    Method,
+    NewJob,
+    TrainingSpec,
+)
 
 
 def engine_options(folder: Path, **flags: Any) -> dict[str, Any]:
@@ -34,13 +43,17 @@ def submit(
     training: TrainingSpec,
     init_adapter_path: str | Path | None = None,
     metadata: dict[str, str] | None = None,
+    validation: list[tuple[list[int], list[int]]] | None = None,
+    method: Method = "supervised",
 ) -> FinetuningJob:
     """Queues a job on ``(token_ids, loss_mask)`` examples, as the API would."""
     job_id, folder = store.new_job()
-    builder = DatasetBuilder()
-    for token_ids, loss_mask in examples:
-        builder.add(token_ids, loss_mask)
-    builder.build().save(folder)
+    for name, rows in ((DATASET_FILE, examples), (VALIDATION_FILE, validation or [])):
+        builder = DatasetBuilder()
+        for token_ids, loss_mask in rows:
+            builder.add(token_ids, loss_mask)
+        if rows:
+            builder.build().save(folder / name)
     source = folder / "examples.jsonl"
     source.write_text('{"prompt": "a", "completion": "b"}\n')
     with source.open("rb") as stream:
@@ -57,6 +70,8 @@ def submit(
             hyperparameters={},
             init_adapter_path=str(init_adapter_path) if init_adapter_path else None,
             metadata=metadata,
+            validation_file=file.id if validation else None,
+            method=method,
         )
     )
 
@@ -193,3 +208,11 @@ def on_worker_take_paths(worker: Any) -> list[bool]:
     """What was noted since the last call."""
     taken, worker.compiled_forwards = worker.compiled_forwards, []
     return taken
+
+
+def remove(path: Path) -> None:
+    """A file or folder, whatever it is."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

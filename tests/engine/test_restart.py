@@ -1,11 +1,22 @@
 """Servers that are killed, and servers that are asked to stop, with a job running."""
 
+import os
+import random
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from models import random_llama
 from prompts import SUBJECTS
+from safetensors.torch import load_file
 from server import Server, start_job, train_file, wait_for, wait_for_step
+
+from flexllm_vllm.checkpoints import resumable_steps
+
+# More of them in a long run of this file: FLEXLLM_TEST_KILLS=20.
+KILLS = int(os.environ.get("FLEXLLM_TEST_KILLS", "2"))
 
 
 @pytest.fixture
@@ -20,10 +31,9 @@ LINES = [f'{{"prompt": "w{i + 3} w{i + 4}", "completion": " w{i + 5} w{i + 6}"}}
          for i in range(200)]  # fmt: skip
 
 
-def serve(model: Path, folder: Path) -> Server:
-    return Server(
-        model, folder / "log", "--enable-finetuning", "--finetuning-dir", str(folder / "store")
-    )
+def serve(model: Path, folder: Path, *flags: str) -> Server:
+    store = str(folder / "store")
+    return Server(model, folder / "log", "--enable-finetuning", "--finetuning-dir", store, *flags)
 
 
 def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
@@ -55,7 +65,7 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
         job = wait_for_resumption(client, broken.id)
         assert job.status == "running"
         events = [e.message for e in client.fine_tuning.jobs.list_events(broken.id, limit=100)]
-        assert any("begin" in message or "again" in message for message in events)
+        assert any("continues from its last checkpoint" in message for message in events)
         # SIGTERM with the job running.
         assert server.terminate(timeout=60) == 0
     finally:
@@ -63,8 +73,6 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
 
 
 def wait_for_resumption(client, job_id: str):
-    import time
-
     for _ in range(100):
         job = client.fine_tuning.jobs.retrieve(job_id)
         if job.status == "running":
@@ -79,9 +87,57 @@ def test_sigterm_ends_a_server_with_a_running_job_cleanly(model: Path, tmp_path:
         client = server.client()
         job = start_job(client, train_file(client, LINES), n_epochs=50, batch_size=2)
         wait_for_step(client, job.id)
+        client_events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
         assert server.terminate(timeout=30) == 0
         shutdown = [x for x in server.log.read_text().splitlines() if "[shutdown]" in x]
         assert any("request processing complete" in line for line in shutdown)
         assert not any("force killing remaining" in line for line in shutdown)
+        # No step is lost: a checkpoint holds the last that was reported.
+        last = max(e.data["step"] for e in client_events if e.type == "metrics")
+        kept = resumable_steps(tmp_path / "store" / "jobs" / job.id / "checkpoints")
+        assert kept[-1] >= last
+    finally:
+        server.kill()
+
+
+def weights(folder: Path, job_id: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "store" / "jobs" / job_id / "adapter" / "adapter_model.safetensors")
+
+
+def steps(client: Any, job_id: str) -> list[tuple[int, float]]:
+    """Step and loss of every metrics event, oldest first."""
+    events = list(client.fine_tuning.jobs.list_events(job_id, limit=100))  # all pages
+    return [(e.data["step"], e.data["train_loss"]) for e in events[::-1] if e.type == "metrics"]
+
+
+@pytest.mark.timeout(120 + 90 * (KILLS + 2))
+def test_a_job_that_is_killed_ends_with_the_weights_of_an_unbroken_one(
+    model: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 40 * (KILLS + 1), "batch_size": 4, "seed": 3}
+    choose = random.Random(7)
+    server = serve(model, tmp_path, "--finetuning-checkpoint-interval-s", "0.3")
+    try:
+        client = server.client()
+        file_id = train_file(client, LINES)
+        unbroken = wait_for(client, start_job(client, file_id, **options).id)
+        expected = steps(client, unbroken.id)
+        job = start_job(client, file_id, **options)
+        for _ in range(KILLS):
+            wait_for_resumption(client, job.id)
+            time.sleep(choose.uniform(0.1, 3))
+            server.kill()
+            server = serve(model, tmp_path, "--finetuning-checkpoint-interval-s", "0.3")
+            client = server.client()
+        done = wait_for(client, job.id)
+        assert done.status == "succeeded", done.error
+        found = steps(client, job.id)
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [loss for _, loss in found] == pytest.approx([x for _, x in expected], rel=1e-3)
+        first, second = weights(tmp_path, unbroken.id), weights(tmp_path, job.id)
+        for name, tensor in first.items():
+            error = float((tensor - second[name]).norm() / tensor.norm())
+            assert error < 1e-4, name
+        assert done.trained_tokens == unbroken.trained_tokens
     finally:
         server.kill()
