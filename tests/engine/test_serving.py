@@ -3,8 +3,10 @@
 import collections
 import concurrent.futures
 import json
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -298,3 +300,28 @@ def test_an_idle_engine_sleeps(server: Server, trained) -> None:
         if cpu_seconds() - before < 0.5:
             return
     pytest.fail("the idle server keeps a core busy")
+
+
+def test_the_guide_for_openais_customers(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code runs as it stands there, but for the address, the key and the model."""
+    guide = Path(__file__).parents[2] / "docs" / "migrate-from-openai.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    code = "".join(blocks).replace("http://localhost:8000/v1", f"{server.url}/v1")
+    lines = [
+        {"messages": [{"role": "user", "content": f"Order {i}?"},
+                      {"role": "assistant", "content": f"Order {i} is on its way."}]}
+        for i in range(12)
+    ]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace('"smollm"', repr(NAME)).replace("my-key", KEY), names)
+    job = names["job"]
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model.startswith(f"ft:{NAME}:local:orders:")
+    assert names["answer"].choices[0].message.content
+    assert len(names["checkpoints"]) == 2
+    assert names["results"].startswith("step,train_loss")
+    assert wait_for(server.client(KEY), names["again"].id).status == "cancelled"

@@ -1,4 +1,4 @@
-"""What surrounds the gradients: evaluation, preferences, checkpoints, pausing; in the real engine."""
+"""What surrounds the gradients, in the real engine: evaluation, DPO, checkpoints, pausing."""
 
 import random
 import time
