@@ -266,3 +266,36 @@ def test_rows_of_a_sequence_end_with_its_last_target() -> None:
     sequence = Sequence.of([11, 12, 13, 14, 15], [0, 0, 1, 1, 0])
     assert sequence.targets == (-1, 13, 14)
     assert sequence.token_ids == [11, 12, 13, 14]  # the last one is never computed
+
+
+@pytest.mark.parametrize(
+    "part", ["open_batch", "close_batch", "take_save", "preference_of", "start"]
+)
+def test_a_job_whose_planning_fails_leaves_the_others_alone(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner, rows, worker = make()
+    bad = make_loop(planner, "bad", [40] * 8, tmp_path, n_epochs=2)
+    make_loop(planner, "good", [40] * 8, tmp_path, n_epochs=2)
+    work = getattr(TrainingLoop, part)
+    calls = 0
+
+    def broken(self: TrainingLoop, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += self is bad
+        if self is bad and calls == (1 if part in ("start", "close_batch") else 3):
+            raise RuntimeError("injected")
+        return work(self, *arguments)
+
+    monkeypatch.setattr(TrainingLoop, part, broken)
+    failed: dict[str, Exception] = {}
+    for _ in range(2000):
+        worker.run(48)
+        failed |= planner.take_failed()
+        if worker.saved:
+            break
+    assert str(failed["bad"]) == "injected"
+    assert worker.saved == ["good"]
+    assert worker.steps["good"] == 4
+    assert not rows.held
+    assert planner.pages.num_free == planner.pages.num_pages

@@ -7,10 +7,12 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flexllm_vllm import checkpoints
 from flexllm_vllm.models.base import LinearShape
-from flexllm_vllm.plan import TrainAdapter
+from flexllm_vllm.plan import SaveAdapter, TrainAdapter
 from flexllm_vllm.worker.adapter import TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
+from flexllm_vllm.worker.saver import AdapterSaver
 
 HIDDEN, INNER, KV, LAYERS = 32, 48, 16, 2
 
@@ -34,9 +36,10 @@ class Shapes:
 
 
 def make(targets: tuple[str, ...] = ("q_proj", "v_proj", "gate_proj", "down_proj"), r: int = 4,
-         init: Path | None = None, seed: int = 3) -> TrainableAdapter:  # fmt: skip
+         init: Path | None = None, seed: int = 3,
+         resume_path: str | None = None) -> TrainableAdapter:  # fmt: skip
     spec = TrainAdapter("job", 1, r, 8.0, False, targets, seed, str(init) if init else None,
-                        (0.8, 0.95), 1e-6, 0.1)  # fmt: skip
+                        (0.8, 0.95), 1e-6, 0.1, resume_path=resume_path)  # fmt: skip
     return TrainableAdapter(spec, Shapes())  # type: ignore[arg-type]
 
 
@@ -118,3 +121,36 @@ def test_an_adapter_of_another_form_is_refused(tmp_path: Path) -> None:
         make(("q_proj", "k_proj"), init=tmp_path / "adapter")
     with pytest.raises(ValueError, match="also trains"):
         make(("q_proj",), init=tmp_path / "adapter")
+
+
+def test_a_checkpoint_holds_the_whole_optimizer(tmp_path: Path) -> None:
+    def train(adapter: TrainableAdapter, steps: int) -> TrainableAdapter:
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(step)
+            adapter._grads.copy_(torch.randn(adapter._grads.shape, generator=generator))
+            adapter.step(1e-2, 1.0)
+        return adapter
+
+    first = train(make(), 3)
+    save_adapter(first.snapshot(), tmp_path / "step-3", "base", {"step": 3})
+    assert checkpoints.read(tmp_path / "step-3").state == {"step": 3}
+    second = make(resume_path=str(tmp_path / "step-3"))
+    train(first, 2)
+    train(second, 2)
+    assert torch.equal(first._weights, second._weights)
+
+
+def test_a_disk_that_is_full_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flexllm_vllm.worker.adapter_files.save_file", full)
+    saver = AdapterSaver()
+    saver.save(SaveAdapter("job", str(tmp_path / "step-1"), "base", {}), make())
+    assert saver.wait_for_all(10)
+    [result] = saver.take_results()
+    assert "No space left" in str(result.error)
+    assert list(tmp_path.iterdir()) == []
+    assert not saver.is_busy
