@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.names import check_suffix
 from flexllm_vllm.jobs.types import (
     AdapterMerge,
@@ -59,27 +60,6 @@ def _example(value: Any) -> ConfigDict:
 def _page_example(value: dict[str, Any]) -> ConfigDict:
     ids = {"first_id": value["id"], "last_id": value["id"]}
     return _example({"object": "list", "data": [value], **ids, "has_more": False})
-
-
-class ErrorDetail(BaseModel):
-    """``type`` is OpenAI's class of errors; ``param`` a path into the request."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorObject(BaseModel):
-    """Any answer that is not a success."""
-
-    error: ErrorDetail
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorObject, "description": "The request is refused."},
-    "5XX": {"model": ErrorObject, "description": "The server failed."},
-}
 
 
 class ModelObject(BaseModel):
@@ -146,10 +126,8 @@ class AdapterDeleted(BaseModel):
     deleted: Literal[True] = True
 
 
-class MergedAdapter(BaseModel):
+class MergedAdapter(RequestBody):
     """An adapter of a merge, and what it is multiplied by."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
     weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
@@ -161,12 +139,10 @@ def _suffix(value: str | None) -> str | None:
     return value or None
 
 
-class MergeCreateRequest(BaseModel):
+class MergeCreateRequest(RequestBody):
     """Body of ``POST /v1/finetuning/adapters/merge``."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
         json_schema_extra={
             "examples": [
                 {"adapters": _MERGED, "method": "ties", "density": 0.5, "suffix": "both"},

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 
-from flexllm_vllm.api.adapter_objects import ERRORS, AdapterDeleted, AdapterObject, AdapterPage
+from flexllm_vllm.api.adapter_objects import AdapterDeleted, AdapterObject, AdapterPage
 from flexllm_vllm.api.adapter_removal import remove_path
 from flexllm_vllm.api.adapter_service import AdapterService, adapter_object
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute
 from flexllm_vllm.api.multipart import announced_bytes, read_form
+from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.jobs.names import new_id
 
@@ -46,6 +47,7 @@ _FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {
                             "type": "string",

@@ -6,7 +6,6 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from flexllm_vllm.api.adapter_objects import (
-    ERRORS,
     MergeCreateRequest,
     MergeObject,
     MergePage,
@@ -14,6 +13,7 @@ from flexllm_vllm.api.adapter_objects import (
 )
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 
 router = APIRouter(

@@ -5,10 +5,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from flexllm_vllm.api.adapter_objects import ERRORS, ModelDeleted, ModelObject
+from flexllm_vllm.api.adapter_objects import ModelDeleted, ModelObject
 from flexllm_vllm.api.adapters import created_at
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute
+from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.jobs.errors import AdapterNotFoundError
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from flexllm_vllm.api.errors import invalid
+from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.files import UPLOADED
 from flexllm_vllm.jobs.names import display_name
 from flexllm_vllm.jobs.uploads import MAX_PARTS
@@ -22,14 +23,6 @@ def _purpose(value: str) -> str:
     return value
 
 
-def _unicode(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return value
-
-
 Purpose = Annotated[
     str, AfterValidator(_purpose), Field(json_schema_extra={"enum": [UPLOADED], "type": "string"})
 ]
@@ -40,20 +33,14 @@ Filename = Annotated[
 ]
 
 
-class _Request(BaseModel):
-    """Types are taken as they are (no "3" for 3) and unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ExpiresAfter(_Request):
+class ExpiresAfter(RequestBody):
     """When a file vanishes by itself: 1 hour to 30 days after its creation."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
-class FileCreateRequest(_Request):
+class FileCreateRequest(RequestBody):
     """A file that shall be: the fields of the form of ``POST /v1/files``."""
 
     filename: Filename
@@ -74,10 +61,10 @@ class UploadCreateRequest(FileCreateRequest):
     """Body of ``POST /v1/uploads``."""
 
     bytes: Annotated[int, Field(ge=1)]
-    mime_type: Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_unicode)]
+    mime_type: Annotated[str, Field(min_length=1, max_length=255)]
 
 
-class UploadCompleteRequest(_Request):
+class UploadCompleteRequest(RequestBody):
     """Body of ``POST /v1/uploads/{upload_id}/complete``."""
 
     part_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS)]

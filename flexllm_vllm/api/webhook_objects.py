@@ -1,10 +1,11 @@
 """What users send about webhook endpoints, and what they get: OpenAI's objects."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from flexllm_vllm.api.public_network import MAX_URL_LENGTH
+from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.types import WebhookEndpoint
 from flexllm_vllm.jobs.webhook_deliveries import EVENT_TYPES
 
@@ -24,24 +25,16 @@ def _once(values: list[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-EventType = Annotated[
-    Literal[
-        "fine_tuning.job.succeeded",
-        "fine_tuning.job.failed",
-        "fine_tuning.job.cancelled",
-    ],
-    BeforeValidator(_supported),
+_EventName = Literal[
+    "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"
 ]
+EventType = Annotated[_EventName, BeforeValidator(_supported)]
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=64), AfterValidator(_once)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL_LENGTH)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class WebhookCreateRequest(_Request):
+class WebhookCreateRequest(RequestBody):
     """Body of ``POST /v1/webhook_endpoints``."""
 
     event_types: EventTypes
@@ -49,7 +42,7 @@ class WebhookCreateRequest(_Request):
     url: Url
 
 
-class WebhookUpdateRequest(_Request):
+class WebhookUpdateRequest(RequestBody):
     """Body of ``POST /v1/webhook_endpoints/{id}``; what is left out stays."""
 
     event_types: EventTypes | None = None
@@ -57,13 +50,13 @@ class WebhookUpdateRequest(_Request):
     url: Url | None = None
 
 
-class WebhookRotateSecretRequest(_Request):
+class WebhookRotateSecretRequest(RequestBody):
     """Body of ``POST /v1/webhook_endpoints/{id}/rotate_secret``."""
 
     keep_old_secret_active_for_24_hours: bool | None = False
 
 
-class WebhookTestRequest(_Request):
+class WebhookTestRequest(RequestBody):
     """Body of ``POST /v1/webhook_endpoints/{id}/test``."""
 
     event_type: EventType
@@ -78,7 +71,7 @@ class WebhookEndpointObject(BaseModel):
     updated_at: int
     name: str
     url: str
-    event_types: list[str]
+    event_types: list[_EventName]
     signing_secret_hint: str
 
 
@@ -103,7 +96,7 @@ class DeletedWebhookEndpoint(BaseModel):
 
     id: str
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
-    deleted: bool = True
+    deleted: Literal[True] = True
 
 
 class WebhookTestResult(BaseModel):
@@ -111,7 +104,7 @@ class WebhookTestResult(BaseModel):
 
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
-    event_type: str
+    event_type: _EventName
     status_code: int
     success: Literal[True] = True
 
@@ -120,7 +113,7 @@ class WebhookEventTypeList(BaseModel):
     """``openai.types.webhooks.WebhookEventTypeList``."""
 
     object: Literal["list"] = "list"
-    data: list[str] = list(EVENT_TYPES)
+    data: list[_EventName] = list(get_args(_EventName))
 
 
 def endpoint_object(endpoint: WebhookEndpoint) -> WebhookEndpointObject:

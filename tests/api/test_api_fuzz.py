@@ -30,7 +30,9 @@ NAMES = st.sampled_from(
         "model", "training_file", "validation_file", "method", "type", "supervised", "dpo", "lora",
         "hyperparameters", "n_epochs", "batch_size", "learning_rate", "max_steps", "seed", "suffix",
         "metadata", "integrations", "r", "target_modules", "init_from", "name", "url",
-        "event_types", "filename", "bytes", "purpose", "mime_type", "part_ids", "md5",
+        "event_types", "event_type", "keep_old_secret_active_for_24_hours", "filename", "bytes",
+        "purpose", "mime_type", "part_ids", "md5", "adapters", "weight", "density", "svd_rank",
+        "majority_sign_method",
     ]
 )  # fmt: skip
 # Surrogates too: JSON can spell them, UTF-8 cannot.
@@ -42,6 +44,7 @@ LEAVES = (
     | st.floats()
     | TEXT
     | st.sampled_from(["auto", "supervised", "demo", "q_proj", "fine-tune", "\x00", "\ud800"])
+    | st.sampled_from(["linear", "ties", "https://1.1.1.1/", "fine_tuning.job.failed"])
 )
 JSON = st.recursive(
     LEAVES,
@@ -79,7 +82,7 @@ def http(server: Any) -> Any:
 
 def test_any_json_gets_an_answer(server: Any, http: httpx.Client) -> None:
     paths = post_paths(server.app)
-    assert len(paths) >= 8
+    assert len(paths) >= 16
 
     @fuzz(250)
     @given(path=st.sampled_from(paths), body=JSON)
@@ -118,6 +121,40 @@ def test_what_cannot_be_shown_is_not_stored(
     assert_well_formed(answer, body)
     assert answer.status_code == 400
     assert list(client.fine_tuning.jobs.list()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (
+            "/v1/webhook_endpoints",
+            {
+                "url": "https://1.1.1.1/",
+                "event_types": ["fine_tuning.job.failed"],
+                "name": "\ud800",
+            },
+            "name",
+        ),
+        (
+            "/v1/finetuning/adapters/merge",
+            {"method": "linear", "adapters": [{"name": "\ud800"}, {"name": "b"}]},
+            "adapters.0.name",
+        ),
+        (
+            "/v1/uploads",
+            {"bytes": 1, "filename": "a", "purpose": "fine-tune", "mime_type": "\ud800"},
+            "mime_type",
+        ),
+        ("/v1/uploads/upload_none/complete", {"part_ids": ["\ud800"]}, "part_ids"),
+    ],
+)
+def test_the_field_that_cannot_be_shown_is_named(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = http.post(path, content=json.dumps(body), headers=headers)
+    assert_well_formed(answer, body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_any_bytes_get_an_answer(server: Any, http: httpx.Client) -> None:
