@@ -144,6 +144,10 @@ def serve() -> Iterator[Callable[[FastAPI], str]]:
         return url
 
     yield serve
+    _stop(started)
+
+
+def _stop(started: list[tuple[uvicorn.Server, threading.Thread]]) -> None:
     for running, thread in started:
         running.should_exit = True
         thread.join(timeout=10)
@@ -156,11 +160,9 @@ def toy_tokenizer() -> Any:
 
 
 @pytest.fixture
-def start_server(
-    tmp_path: Path, serve: Callable[[FastAPI], str], toy_tokenizer: Any
-) -> Iterator[Callable[[], Server]]:
+def start_server(tmp_path: Path, toy_tokenizer: Any) -> Iterator[Callable[[], Server]]:
     """Start API processes, as it were, on one store."""
-    stores = []
+    stores, started = [], []
 
     def start() -> Server:
         app = FastAPI()
@@ -187,9 +189,12 @@ def start_server(
         app.state.finetuning = service
         app.state.finetuning_adapters = adapters
         app.state.finetuning_webhooks = WebhookSender(store)
-        return Server(serve(app), app, service, store, adapters, engine)
+        running, thread, url = _run_server(app)
+        started.append((running, thread))
+        return Server(url, app, service, store, adapters, engine)
 
     yield start
+    _stop(started)  # first: their tasks look into the stores
     for store in stores:
         store.close()
 

@@ -1,7 +1,7 @@
 """The web page in a real headless Chromium, against the real HTTP server of tests/api.
 
-Beside that server's own routes there are vLLM's ``/v1/models`` and a chat route in OpenAI's form
-that says a given text; what the engine would report is written into the store and an iteration log.
+Beside that server's own routes there is a chat route in OpenAI's form that says a given text; what
+the engine would report is written into the store and an iteration log.
 """
 
 import json
@@ -14,10 +14,18 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, sync_playwright
 
 from flexllm_vllm.scheduler.iterations import IterationLog
-from tests.api.conftest import Server, client, serve, server, toy_tokenizer, upload
+from tests.api.conftest import (
+    Server,
+    client,
+    serve,
+    server,
+    start_server,
+    toy_tokenizer,
+    upload,
+)
 from tests.web.web_site import LAPTOP, OpenPage, Site, Speaker, Watched, add_chat, add_models
 
-__all__ = ["client", "serve", "server", "toy_tokenizer", "upload"]
+__all__ = ["client", "serve", "server", "start_server", "toy_tokenizer", "upload"]
 
 FLAGS = [
     "--no-sandbox",

@@ -13,7 +13,6 @@ import openai
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from playwright.sync_api import Page
-from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
@@ -93,7 +92,6 @@ def add_models(server: Server, name: str) -> None:
     models = OpenAIServingModels(engine, [BaseModelPath(name=name, model_path="path/to/demo")])
     serve_adapters(models, server.store)
     server.app.state.openai_serving_models = models
-    server.app.include_router(models_router)
 
 
 def add_chat(app: FastAPI, speaker: Speaker) -> None:
