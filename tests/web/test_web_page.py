@@ -94,7 +94,7 @@ def test_what_the_server_refuses_is_said_at_its_field(
         page.get_by_label(label).fill("")
     page.get_by_label("Method").select_option("dpo")
     page.get_by_role("button", name="Start job").click()
-    expect(page.locator("#method-error")).to_be_visible()
+    expect(page.locator("#file-error")).to_contain_text("line 1: this example is for the method")
     assert site.server.store.list_jobs()[0] == []
 
 
@@ -219,7 +219,8 @@ def test_names_and_answers_are_text_and_never_markup(
 ) -> None:
     attack = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
     line = json.dumps({"prompt": "a", "completion": "b"}).encode()
-    file = client.files.create(file=(f"{attack}.jsonl", line), purpose="fine-tune")
+    filename = attack.replace("</b>", ".jsonl")  # what comes before a slash is no part of a name
+    file = client.files.create(file=(filename, line), purpose="fine-tune")
     job_id = site.create_job(client, file.id, metadata={attack: attack})
     store = site.server.store
     store.claim_next_job()
@@ -232,7 +233,7 @@ def test_names_and_answers_are_text_and_never_markup(
     page.get_by_role("tab", name="Settings").click()
     expect(page.locator(".settings")).to_contain_text(attack)
     page.get_by_role("link", name="Library").click()
-    expect(page.locator(".library")).to_contain_text("<b>bold<")
+    expect(page.locator(".library")).to_contain_text("<b>bold.jsonl")
     page.get_by_role("link", name="Chat").click()
     page.get_by_label("Message to both models").fill(attack)
     page.keyboard.press("Enter")
