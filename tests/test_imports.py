@@ -12,7 +12,7 @@ PACKAGE = "flexllm_vllm"
 # Folder -> the parts of the package that it may import.
 MAY_IMPORT = {
     "kernels": {"kernels", "log"},
-    "patches": {"patches", "api"},
+    "patches": {"patches", "api", "cli"},
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/adapter_files": {"adapter_files", "log"},
