@@ -75,7 +75,7 @@ class FinetuningService:
 
     @cached_property
     def _data(self) -> JobData:
-        return JobData(self.store, self.load_tokenizer)
+        return JobData(self.store, lambda: self.load_tokenizer())
 
     @cached_property
     def watch(self) -> StoreWatch:
