@@ -96,7 +96,8 @@ def test_an_unknown_job_is_a_404(server: Any) -> None:
 def test_a_stream_ends_when_the_client_goes_away(server: Any, job_id: str) -> None:
     url = f"{server.url}/v1/fine_tuning/jobs/{job_id}/events?stream=true"
     with httpx.stream("GET", url) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: httpx closes the stream of one that is collected
+        next(lines)
         _until(lambda: server.service.watch.waiting == 1)
     _until(lambda: server.service.watch.waiting == 0)
     time.sleep(1.1)  # longer than a stream would rest
