@@ -39,7 +39,7 @@ def meanwhile(work: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=guarded)
     thread.start()
     yield
-    thread.join(timeout=30)
+    thread.join(timeout=90)
     assert failures == []
 
 
@@ -211,7 +211,7 @@ def test_a_server_that_restarts_is_waited_for(server: Any, create: Any) -> None:
     train_steps(server.store, job_id, 4, 6)
     server.store.succeed(job_id, server.store.get_job(job_id).adapter_path)
     with restarted.running():
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
     assert process.returncode == 0
     assert "The server answers again" in err
     ids = [json.loads(line)["id"] for line in (*shown, *out.splitlines())]
@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_the_job_running(server: Any, create: Any) -> None:
     process = start(server, "jobs", "show", job_id, "--follow")
     assert job_id in process.stdout.readline()  # it follows
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "\x1b" not in out  # a pipe has no bar
     assert f"The job {job_id} goes on" in errors
@@ -273,7 +273,7 @@ def test_a_paused_job_is_waited_for(server: Any, create: Any) -> None:
     assert process.poll() is None
     server.store.resume(job_id)
     server.store.succeed(job_id, server.store.claim_next_job().adapter_path)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=90)
     assert process.returncode == 0
     assert "Fine-tuning job resumed" in out
 
@@ -297,7 +297,7 @@ def test_a_terminal_shows_a_bar_and_curves(server: Any, engine: Any, create: Any
         except OSError:  # the other side is closed
             break
     os.close(ours)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=90) == 0
     text = output.decode()
     assert "The job has successfully completed" in text
     assert "━━━━━" in text

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +111,8 @@ def test_a_refused_job_shows_message_and_parameter(run: Any, train: Path) -> Non
     assert error["type"] == "invalid_request_error"
 
 
-def test_lists_follow_their_pages(run: Any, create: Callable[..., str]) -> None:
+def test_lists_follow_their_pages(run: Any, create: Callable[..., str], server: Any) -> None:
+    server.service.limits = replace(server.service.limits, max_queued_jobs=1000)
     ids = [create(metadata={"n": str(n % 2)}) for n in range(103)][::-1]
 
     def listed(*options: Any) -> tuple[list[str], bool]:
