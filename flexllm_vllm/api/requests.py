@@ -4,15 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     field_validator,
     model_validator,
 )
 
+from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.names import check_suffix
 from flexllm_vllm.jobs.types import TARGET_MODULES
 
@@ -67,36 +66,10 @@ Suffix = Annotated[str | None, AfterValidator(_safe_suffix)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _is_text(value: Any) -> bool:
-    """Whether all strings below a JSON value can be written as UTF-8; JSON's escapes can make ones
-    that cannot, and what is stored has to be shown again."""
-    match value:
-        case str():
-            return not any("\ud800" <= character <= "\udfff" for character in value)
-        case dict():
-            return all(_is_text(part) for pair in value.items() for part in pair)
-        case list():
-            return all(_is_text(part) for part in value)
-    return True
-
-
-class _Request(BaseModel):
-    """Types are taken as they are (no "3" for 3), unknown fields are refused, text is Unicode."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        if not _is_text(value):
-            raise ValueError("a string holds half of a surrogate pair, which is no character")
-        return value
-
-
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class Hyperparameters(_Request):
+class Hyperparameters(RequestBody):
     """OpenAI's three, and those of ``transformers.TrainingArguments`` beside them."""
 
     n_epochs: AutoInt = None
@@ -129,7 +102,7 @@ class Hyperparameters(_Request):
         return value
 
 
-class Lora(_Request):
+class Lora(RequestBody):
     """The adapter, in the words of ``peft.LoraConfig``."""
 
     r: Annotated[int, Field(ge=1)] | None = None
@@ -153,7 +126,7 @@ class Lora(_Request):
         return value
 
 
-class Supervised(_Request):
+class Supervised(RequestBody):
     """``method.supervised``."""
 
     hyperparameters: Hyperparameters | None = None
@@ -166,14 +139,14 @@ class DpoHyperparameters(Hyperparameters):
     beta: AutoFloat = None
 
 
-class Dpo(_Request):
+class Dpo(RequestBody):
     """``method.dpo``."""
 
     hyperparameters: DpoHyperparameters | None = None
     lora: Lora | None = None
 
 
-class Method(_Request):
+class Method(RequestBody):
     """``method``: its type, and the settings of that type alone."""
 
     type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_method_type)]
@@ -188,7 +161,7 @@ class Method(_Request):
         return self
 
 
-class JobCreateRequest(_Request):
+class JobCreateRequest(RequestBody):
     """Body of ``POST /v1/fine_tuning/jobs``."""
 
     model: str
@@ -213,7 +186,7 @@ class JobCreateRequest(_Request):
         return value
 
 
-class LegacyJobCreateRequest(_Request):
+class LegacyJobCreateRequest(RequestBody):
     """Body of ``POST /v1/fine_tunes``, the API before ``fine_tuning/jobs``."""
 
     training_file: str
