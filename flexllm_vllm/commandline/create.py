@@ -106,7 +106,7 @@ def create(
         show_job(session, job)
         return
     session.output.note(f"Created {job.id}")
-    follow_progress(session, job.id)
+    follow_progress(session, job)
 
 
 def _base_model(session: Session) -> str:

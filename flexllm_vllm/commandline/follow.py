@@ -44,8 +44,8 @@ class EventFeed:
         return fresh[::-1]
 
 
-def follow_progress(session: Session, job_id: str) -> None:
-    """Show the progress of a job until it ends; then exit with what it came to."""
+def follow_progress(session: Session, job: FineTuningJob) -> None:
+    """Show the progress of a job, as known now and until it ends; exit with what it came to."""
     output = session.output
     view: JobView
     if output.as_json:
@@ -54,7 +54,9 @@ def follow_progress(session: Session, job_id: str) -> None:
         view = LiveView(output)
     else:
         view = PlainView(output, PLAIN_INTERVAL)
-    _follow(session, job_id, view, f"jobs show {job_id} --follow")
+    if job.status not in ENDED:
+        view.update(job, [])
+    _follow(session, job.id, view, f"jobs show {job.id} --follow")
 
 
 def follow_events(session: Session, job_id: str) -> None:

@@ -52,7 +52,7 @@ def show(session: Session, job_id: Job, follow: Follow = False) -> None:
     """Show one job; with --follow its progress, until it ends."""
     job = session.client.fine_tuning.jobs.retrieve(job_id)
     if follow:
-        follow_progress(session, job.id)
+        follow_progress(session, job)
     else:
         show_job(session, job)
 

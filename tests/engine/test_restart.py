@@ -48,7 +48,9 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
         answer = client.completions.create(
             model=done.fine_tuned_model, prompt=SUBJECTS[0], max_tokens=4, temperature=0
         ).choices[0]
-        broken = start_job(client, file_id, n_epochs=20, batch_size=2)
+        # Too long to end before it is looked at, however fast the machine.
+        many = train_file(client, LINES * 10)
+        broken = start_job(client, many, n_epochs=50, batch_size=2)
         wait_for_step(client, broken.id, 2)
     finally:
         server.kill()
