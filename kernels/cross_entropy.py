@@ -46,10 +46,10 @@ class TokenLosses:
     correct: torch.Tensor
 
     @classmethod
-    def empty(cls, num_tokens: int) -> "TokenLosses":
+    def empty(cls, num_tokens: int, device: torch.device | None = None) -> "TokenLosses":
         return cls(
-            torch.empty(num_tokens, dtype=torch.float64),
-            torch.empty(num_tokens, dtype=torch.int64),
+            torch.empty(num_tokens, dtype=torch.float64, device=device),
+            torch.empty(num_tokens, dtype=torch.int64, device=device),
         )
 
 
@@ -76,7 +76,7 @@ def linear_cross_entropy(
         scaled by ``scale``; None where that is 0.
     """
     dx = torch.empty_like(x) if scale else None
-    found = TokenLosses.empty(x.shape[0])
+    found = TokenLosses.empty(x.shape[0], x.device)
     for start in range(0, x.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = x[rows]
@@ -107,6 +107,10 @@ def softmax_cross_entropy(
         The gradient ``[num_tokens, vocab_size]`` in the dtype of ``logits``; without a meaning
         where ``scale`` is 0.
     """
+    if logits.is_cuda:
+        from flexllm_vllm.kernels.triton import cross_entropy as on_gpu
+
+        return on_gpu.softmax_cross_entropy(logits, targets, scale, logit_scale, into)
     logits = logits.contiguous()
     if native.call("cross_entropy", logits, targets.contiguous(), *logits.shape, logit_scale, scale,
                    into.losses, into.correct):  # fmt: skip

@@ -50,6 +50,8 @@ def attention_backward(
     scale: float,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Gradient of causal attention for the queries ``[start, start + num_queries)``.
 
@@ -61,26 +63,38 @@ def attention_backward(
     Args:
         d_out: ``[num_queries, num_heads, head_size]``.
         query: like ``d_out``, with its rotary embedding.
-        kv_cache: one layer's cache, see :func:`read_paged_kv`.
+        kv_cache: one layer's cache, see :func:`read_paged_kv`; on a GPU see
+            ``kernels/triton/paged_attention.py``.
         block_ids: ``[num_blocks_of_sequence]`` int64.
         start: position of the first query.
         scale: of the scores.
         dk: ``[num_kv_heads, sequence_length, head_size]`` float32, accumulated in place.
         dv: like ``dk``.
+        sliding_window: keys that a query sees, itself among them; None for all before it.
+        soft_cap: scores are ``soft_cap * tanh(scores / soft_cap)`` (Gemma 2, arXiv 2408.00118).
 
     Returns:
         dQ ``[num_queries, num_heads, head_size]`` float32.
     """
+    if query.is_cuda:
+        from flexllm_vllm.kernels.triton import paged_attention
+
+        return paged_attention.attention_backward(
+            d_out, query, kv_cache, block_ids, start, scale, dk, dv, sliding_window, soft_cap
+        )
     dq = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     num_queries, num_heads, head_size = query.shape
-    if head_size % native.lanes() == 0 and native.call(
+    plain = sliding_window is None and soft_cap is None
+    if plain and head_size % native.lanes() == 0 and native.call(
         "attention_backward", d_out.contiguous(), query.contiguous(), kv_cache, kv_cache.stride(0),
         kv_cache.stride(1), block_ids, num_queries, start, num_heads, dk.shape[0], head_size,
         kv_cache.shape[2], scale, dk, dv, dk.stride(0), dq,
     ):  # fmt: skip
         return dq
     key_t, value = read_paged_kv(kv_cache, block_ids, start + num_queries)
-    return attention_backward_torch(d_out, query, key_t, value, start, scale, dk, dv)
+    return attention_backward_torch(
+        d_out, query, key_t, value, start, scale, dk, dv, sliding_window, soft_cap
+    )
 
 
 def attention_backward_torch(
@@ -92,6 +106,8 @@ def attention_backward_torch(
     scale: float,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """:func:`attention_backward` in torch operations, on K and V as :func:`read_paged_kv` gives
     them."""
@@ -106,10 +122,13 @@ def attention_backward_torch(
         q = _by_kv_head(query[rows], num_kv_heads)
         do = _by_kv_head(d_out[rows], num_kv_heads)
         k_t, v = key_t[:, :, :keys], value[:, :keys]
-        p = _softmax_rows(q, k_t, start + rows.start, n, scale)
+        p, bent = _softmax_rows(q, k_t, start + rows.start, n, scale, sliding_window, soft_cap)
         dv[:, :keys].add_(torch.matmul(p.to(do.dtype).transpose(1, 2), do))
         dp = torch.matmul(do, v.transpose(1, 2)).float()
-        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale).to(q.dtype)
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        if bent is not None:
+            ds = ds.mul_(1 - bent.square())  # the slope of tanh
+        ds = ds.to(q.dtype)
         dk[:, :keys].add_(torch.matmul(ds.transpose(1, 2), q))
         dq_block = torch.matmul(ds, k_t.transpose(1, 2))
         dq[rows] = (
@@ -126,30 +145,46 @@ def attention_forward(
     block_ids: torch.Tensor,
     start: int,
     scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention again, where its output was not kept.
 
     Args:
-        query, kv_cache, block_ids, start, scale: as for :func:`attention_backward`.
+        query, kv_cache, block_ids, start, scale, sliding_window, soft_cap: as for
+            :func:`attention_backward`.
 
     Returns:
         ``[num_queries, num_heads, head_size]`` in the dtype of ``query``.
     """
+    if query.is_cuda:
+        from flexllm_vllm.kernels.triton import paged_attention
+
+        return paged_attention.attention_forward(
+            query, kv_cache, block_ids, start, scale, sliding_window, soft_cap
+        )
     query = query.contiguous()
     out = torch.empty_like(query)
     num_queries, num_heads, head_size = query.shape
+    plain = sliding_window is None and soft_cap is None
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    if head_size % native.lanes() == 0 and native.call(
+    if plain and head_size % native.lanes() == 0 and native.call(
         "attention_forward", query, kv_cache, kv_cache.stride(0), kv_cache.stride(1), block_ids,
         num_queries, start, num_heads, num_kv_heads, head_size, block_size, scale, out,
     ):  # fmt: skip
         return out
     key_t, value = read_paged_kv(kv_cache, block_ids, start + num_queries)
-    return attention_forward_torch(query, key_t, value, start, scale)
+    return attention_forward_torch(query, key_t, value, start, scale, sliding_window, soft_cap)
 
 
 def attention_forward_torch(
-    query: torch.Tensor, key_t: torch.Tensor, value: torch.Tensor, start: int, scale: float
+    query: torch.Tensor,
+    key_t: torch.Tensor,
+    value: torch.Tensor,
+    start: int,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """:func:`attention_forward` in torch operations."""
     num_queries, num_heads, head_size = query.shape
@@ -160,7 +195,9 @@ def attention_forward_torch(
         n = rows.stop - rows.start
         keys = start + rows.stop
         q = _by_kv_head(query[rows], num_kv_heads)
-        p = _softmax_rows(q, key_t[:, :, :keys], start + rows.start, n, scale)
+        p, _ = _softmax_rows(
+            q, key_t[:, :, :keys], start + rows.start, n, scale, sliding_window, soft_cap
+        )
         out[rows] = (
             torch.matmul(p.to(q.dtype), value[:, :keys])
             .view(num_kv_heads, num_heads // num_kv_heads, n, head_size)
@@ -178,11 +215,24 @@ def _by_kv_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def _softmax_rows(
-    q: torch.Tensor, k_t: torch.Tensor, first: int, n: int, scale: float
-) -> torch.Tensor:
-    """``softmax(scale q k^T)`` of ``n`` queries from position ``first``, causal, in float32."""
+    q: torch.Tensor,
+    k_t: torch.Tensor,
+    first: int,
+    n: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax of the scores of ``n`` queries from position ``first``, causal, in float32; and
+    ``tanh(scores / soft_cap)`` where there is a cap."""
     num_kv_heads, keys = q.shape[0], k_t.shape[2]
     scores = torch.matmul(q, k_t).float().mul_(scale)
-    causal = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril_(first)
-    scores.view(num_kv_heads, -1, n, keys).masked_fill_(~causal, float("-inf"))
-    return torch.softmax(scores, dim=-1)
+    bent = None
+    if soft_cap is not None:
+        bent = torch.tanh(scores / soft_cap)
+        scores = bent * soft_cap
+    seen = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril_(first)
+    if sliding_window is not None:
+        seen.triu_(first - sliding_window + 1)
+    scores.view(num_kv_heads, -1, n, keys).masked_fill_(~seen, float("-inf"))
+    return torch.softmax(scores, dim=-1), bent

@@ -16,6 +16,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         ``[num_tokens, hidden_size]`` in the dtype of ``x``; computed in float32.
     """
+    if x.is_cuda:
+        from flexllm_vllm.kernels.triton import rms_norm as on_gpu
+
+        return on_gpu.rms_norm(x, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
     if native.call("rms_norm", x, weight, *x.shape, eps, y):
@@ -52,6 +56,10 @@ def rms_norm_backward(
     Returns:
         ``[num_tokens, hidden_size]`` float32.
     """
+    if x.is_cuda:
+        from flexllm_vllm.kernels.triton import rms_norm as on_gpu
+
+        return on_gpu.rms_norm_backward(dy, x, weight, eps, residual)
     dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     dy, x = dy.contiguous(), x.contiguous()
     if native.call("rms_norm_backward", dy, x, weight, residual, *x.shape, eps, dx):

@@ -28,6 +28,10 @@ def apply_rotary(
     Returns:
         ``out``, or a new tensor shaped and typed like ``x``.
     """
+    if x.is_cuda:
+        from flexllm_vllm.kernels.triton import rotary as on_gpu
+
+        return on_gpu.apply_rotary(x, cos_sin, is_neox_style, inverse, out)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     num_tokens, num_heads, head_size = x.shape
     typed = {torch.float32: 0, torch.bfloat16: 1}.get(out.dtype)

@@ -15,6 +15,10 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[num_tokens, intermediate_size]`` in the same dtype.
     """
+    if gate_up.is_cuda:
+        from flexllm_vllm.kernels.triton import swiglu as on_gpu
+
+        return on_gpu.swiglu(gate_up)
     num_tokens, twice = gate_up.shape
     out = gate_up.new_empty(num_tokens, twice // 2)
     if native.call("swiglu", gate_up.contiguous(), num_tokens, twice // 2, out):
@@ -42,6 +46,10 @@ def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tens
         The gradient ``[num_tokens, 2 * intermediate_size]`` and the product
         ``[num_tokens, intermediate_size]``, in the dtype of ``gate_up``.
     """
+    if gate_up.is_cuda:
+        from flexllm_vllm.kernels.triton import swiglu as on_gpu
+
+        return on_gpu.swiglu_backward(dy, gate_up)
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     out, product = torch.empty_like(gate_up), torch.empty_like(dy)
     if native.call("swiglu_backward", dy, gate_up, *dy.shape, out, product):

@@ -12,6 +12,7 @@ PACKAGE = "flexllm_vllm"
 # Folder -> the parts of the package that it may import.
 MAY_IMPORT = {
     "kernels": {"kernels", "log"},
+    "kernels/triton": {"kernels"},
     "patches": {"patches", "api", "cli"},
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
