@@ -1,7 +1,7 @@
 """LoRA gradients of many adapters in one launch, rows sorted by adapter.
 
-The grouped form of vLLM's shrink and expand (``vllm/lora/ops/triton_ops``): a program belongs to one
-segment, so that no two of them write to the same matrix and no sum depends on their order.
+The grouped form of vLLM's shrink and expand (``vllm/lora/ops/triton_ops``): a program belongs to
+one segment, so that no two of them write to the same matrix and no sum depends on their order.
 """
 
 import torch
