@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from flexllm_vllm.checkpoints import Checkpoint
 from flexllm_vllm.data.dataset import TokenizedDataset
-from flexllm_vllm.jobs.errors import JobStateError
+from flexllm_vllm.jobs.errors import JobNotFoundError, JobStateError
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import FinetuningJob
 from flexllm_vllm.log import get_logger
@@ -35,6 +35,15 @@ class ClaimedJob:
     resume: Checkpoint | None = None
 
 
+@dataclass(frozen=True)
+class _Write:
+    """What is to be done to the store; ``is_last`` if it ends the job's run."""
+
+    job_id: str
+    action: Callable[[JobStore], object]
+    is_last: bool = False
+
+
 class JobFeeder:
     """Claims queued jobs, reports cancellations, and writes what the engine has to say.
 
@@ -56,10 +65,10 @@ class JobFeeder:
         self._claimed: queue.SimpleQueue[ClaimedJob] = queue.SimpleQueue()
         self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._paused: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[tuple[str, Callable[[JobStore], object]]] = (
-            queue.SimpleQueue()
-        )
-        self._broken: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[_Write] = queue.SimpleQueue()
+        self._unwritten: list[_Write] = []
+        self._broken: queue.SimpleQueue[tuple[str, JobFailure]] = queue.SimpleQueue()
+        self._unwritable: set[str] = set()
         self._running: set[str] = set()
         self._cancelling: set[str] = set()
         self._pausing: set[str] = set()
@@ -89,12 +98,16 @@ class JobFeeder:
         return _drain(self._paused)
 
     def write(self, job_id: str, action: Callable[[JobStore], object]) -> None:
-        """Has the thread run ``action(store)``, in order."""
-        self._outbox.put((job_id, action))
+        """Has the thread run ``action(store)``, in order. Where it raises the job is
+        :meth:`take_broken`: it has no events with a gap among them."""
+        self._put(_Write(job_id, action))
+
+    def _put(self, write: _Write) -> None:
+        self._outbox.put(write)
         self._look.set()
 
-    def take_broken(self) -> list[tuple[str, str]]:
-        """Jobs whose checkpoints cannot be kept, and why."""
+    def take_broken(self) -> list[tuple[str, JobFailure]]:
+        """Jobs that cannot go on, since what they have done cannot be written, and why."""
         return _drain(self._broken)
 
     def checkpointed(self, job: FinetuningJob, save: Save, best_step: int) -> None:
@@ -105,8 +118,8 @@ class JobFeeder:
                 job_files.add_checkpoint(store, job, save, best_step)
             except Exception as error:
                 logger.exception("cannot keep a checkpoint of finetuning job %s", job.id)
-                self._broken.put((job.id, f"its checkpoint cannot be kept: {error}"))
-                self._wake()
+                reason = f"its checkpoint cannot be kept: {error}"
+                self._break(job.id, JobFailure("checkpoint_failed", reason))
 
         self.write(job.id, add)
 
@@ -148,17 +161,9 @@ class JobFeeder:
         self._finish(job.id, lambda store: store.paused(job.id, step))
 
     def _finish(self, job_id: str, action: Callable[[JobStore], object]) -> None:
-        """Like :meth:`write`, the job's last word: another one may be claimed after it."""
-
-        def last(store: JobStore) -> None:
-            try:
-                action(store)
-            finally:
-                self._running.discard(job_id)
-                self._cancelling.discard(job_id)
-                self._pausing.discard(job_id)
-
-        self.write(job_id, last)
+        """Like :meth:`write`, the job's last word: another one may be claimed after it. It is
+        written as soon as the store can be: a full disk leaves no job that runs for ever."""
+        self._put(_Write(job_id, action, is_last=True))
 
     def stop(self) -> None:
         """Writes what is left and ends the thread."""
@@ -170,37 +175,72 @@ class JobFeeder:
     # -- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            for job_id in self._store.requeue_interrupted():
-                logger.info("finetuning job %s was interrupted, and is queued again", job_id)
-        except Exception:
-            logger.exception("cannot recover interrupted finetuning jobs")
-        version = -1
+        recovered, readable, version = False, True, -1
         while not self._stopping.is_set():
             had_room = len(self._running) < self._max_jobs
             self._write_all()
             try:
+                if not recovered:
+                    self._recover()
+                    recovered = True
                 current = self._store.data_version()
                 # Our own writes do not change data_version: a job that just ended makes room.
                 made_room = not had_room and len(self._running) < self._max_jobs
                 if current != version or made_room:
-                    version = current
                     self._claim()
                     self._find_requests()
+                    version = current
+                readable = True
             except Exception:
-                logger.exception("cannot read the finetuning job store; trying again")
+                if readable:  # it is tried five times a second
+                    logger.exception("cannot use the finetuning job store; trying again")
+                readable = False
             if self.has_news:
                 self._wake()
             self._look.wait(POLL_INTERVAL)
             self._look.clear()
         self._write_all()
 
+    def _recover(self) -> None:
+        for job_id in self._store.requeue_interrupted():
+            logger.info("finetuning job %s was interrupted, and is queued again", job_id)
+
     def _write_all(self) -> None:
-        for job_id, action in _drain(self._outbox):
-            try:
-                action(self._store)
-            except Exception:
-                logger.exception("cannot write the state of finetuning job %s", job_id)
+        again, self._unwritten = self._unwritten, []
+        for write in again:
+            self._write_last(write, first=False)
+        for write in _drain(self._outbox):
+            if write.is_last:
+                self._write_last(write)
+            elif write.job_id not in self._unwritable:
+                self._write(write)
+
+    def _write(self, write: _Write) -> None:
+        try:
+            write.action(self._store)
+        except Exception as error:
+            logger.exception("cannot write the state of finetuning job %s", write.job_id)
+            reason = f"what it has done cannot be written: {error}"
+            self._break(write.job_id, JobFailure("store_failed", reason))
+
+    def _break(self, job_id: str, failure: JobFailure) -> None:
+        self._unwritable.add(job_id)
+        self._broken.put((job_id, failure))
+
+    def _write_last(self, write: _Write, first: bool = True) -> None:
+        if first:
+            for jobs in (self._running, self._cancelling, self._pausing, self._unwritable):
+                jobs.discard(write.job_id)
+        try:
+            write.action(self._store)
+        except (JobNotFoundError, JobStateError) as error:
+            logger.info("finetuning job %s: %s", write.job_id, error)  # cancelled meanwhile
+        except Exception:
+            if first:
+                logger.exception(
+                    "cannot write the end of finetuning job %s; trying again", write.job_id
+                )
+            self._unwritten.append(write)
 
     def _claim(self) -> None:
         while len(self._running) < self._max_jobs:
@@ -211,7 +251,8 @@ class JobFeeder:
                 claimed = self._load(job)
             except Exception as error:
                 logger.exception("cannot read the data set of finetuning job %s", job.id)
-                self._store.fail(job.id, "dataset_unreadable", f"cannot read its data: {error}")
+                reason = f"cannot read its data: {error}"
+                self.failed(job.id, JobFailure("dataset_unreadable", reason))
                 continue
             self._running.add(job.id)
             self._claimed.put(claimed)
@@ -249,7 +290,7 @@ class NoStore:
     def take_pauses(self) -> list[str]:
         return []
 
-    def take_broken(self) -> list[tuple[str, str]]:
+    def take_broken(self) -> list[tuple[str, JobFailure]]:
         return []
 
     def write(self, job_id: str, action: Any) -> None:

@@ -52,16 +52,15 @@ class JobRunner:
             if loop is not None:
                 self._planner.remove(job_id)
                 self._feeder.cancelled(loop.job)
-        for job_id, problem in self._feeder.take_broken():
+        for job_id, failure in self._feeder.take_broken():
             if job_id in self._planner.loops:
-                self._fail(job_id, JobFailure("checkpoint_failed", problem))
+                self._fail(job_id, failure)
         for job_id in self._feeder.take_pauses():
             loop = self._planner.loops.get(job_id)
             if loop is not None and not loop.finished:
                 self._guard(job_id, self._planner.hold, job_id)
         for job_id, loop in list(self._planner.loops.items()):
-            if loop.has_ended:
-                self._guard(job_id, self._end, loop)
+            self._guard(job_id, self._end_if_over, loop)
 
     def take_failed(self) -> None:
         """Ends jobs whose planning raised."""
@@ -103,16 +102,16 @@ class JobRunner:
         for job_id, layout in result.started.items():
             self._guard(job_id, self._planner.started, job_id, layout)
         for pack_id, pack_result in result.packs.items():
-            self._report(pack_id, pack_result)
+            owner = self._planner.job_of(pack_id)
+            if owner is not None:
+                self._guard(owner, self._report, owner, pack_id, pack_result)
         for job_id, grad_norm in result.grad_norms.items():
             self._guard(job_id, self._step_done, job_id, grad_norm)
         self.apply_saved(result.saved)
 
-    def _report(self, pack_id: int, result: PackResult) -> None:
-        job_id = self._planner.job_of(pack_id)
-        if job_id is not None:
-            self._guard(job_id, self._planner.report, pack_id, result)
-        loop = self._planner.loops.get(job_id or "")
+    def _report(self, job_id: str, pack_id: int, result: PackResult) -> None:
+        self._planner.report(pack_id, result)
+        loop = self._planner.loops.get(job_id)
         if loop is not None and (metrics := loop.take_evaluation()) is not None:
             self._evaluated(loop, metrics)
 
@@ -161,6 +160,10 @@ class JobRunner:
             return
         best = loop.progress.best_step if loop.job.training.load_best_model_at_end else 0
         self._feeder.checkpointed(loop.job, save, best)
+
+    def _end_if_over(self, loop: TrainingLoop) -> None:
+        if loop.has_ended:
+            self._end(loop)
 
     def _end(self, loop: TrainingLoop) -> None:
         """The job is paused, or its adapter is complete (or is to be copied from a checkpoint)."""

@@ -81,7 +81,9 @@ class Trainer:
         for job_id in plan.end:
             self._guard(job_id, self._end, job_id)
         for pack_id in plan.drop:
-            self._drop(pack_id)
+            pack_state = self.packs.get(pack_id)
+            if pack_state is not None:
+                self._guard(pack_state.spec.job_id, self._drop, pack_id)
         for spec in plan.start:
             self._guard(spec.job_id, self._start, spec)
         for pack in plan.open:
@@ -140,8 +142,8 @@ class Trainer:
         self.packs[spec.pack_id] = PackState.open(spec, self.model, layout)
 
     def _drop(self, pack_id: int) -> None:
-        pack = self.packs.pop(pack_id, None)
-        if pack is not None and pack.d_hidden is not None:
+        pack = self.packs.pop(pack_id)
+        if pack.d_hidden is not None:
             self.adapters[pack.spec.job_id].discard_pack_gradients()
 
     def _optimize(self, step: Any) -> None:
@@ -261,10 +263,11 @@ class Trainer:
             batch_offsets: first row of each request in the batch, by request id.
             block_ids: the block table of a request.
         """
-        windows = [w for w in windows if w.pack_id in self.packs]
-        try:
-            for window in windows:
-                pack = self.packs[window.pack_id]
+        for window in windows:
+            pack = self.packs.get(window.pack_id)
+            if pack is None:
+                continue
+            try:
                 pack.block_ids[window.row_id] = torch.tensor(
                     block_ids(window.row_id), dtype=torch.int64
                 )
@@ -278,8 +281,8 @@ class Trainer:
                         start=pack.offset(window.row_id) + window.start,
                     )
                 )
-        except Exception as error:
-            self._fail_capture({self.packs[w.pack_id].spec.job_id for w in windows}, error)
+            except Exception as error:
+                self._fail_capture(pack.spec.job_id, error)
 
     def end_forward(self) -> None:
         """The forward is over: the next one captures nothing unless it is told to."""
@@ -287,7 +290,7 @@ class Trainer:
 
     def _capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
         key = (layer, name)
-        for capture in self._captures:
+        for capture in list(self._captures):
             layout = capture.layout
             if key not in layout.widths:
                 continue
@@ -297,14 +300,13 @@ class Trainer:
                     values = values + addend[capture.rows]
                 self._cache.write(layout, capture.pages, key, capture.start, values)
             except Exception as error:
-                self._fail_capture({c.job_id for c in self._captures}, error)
+                self._fail_capture(capture.job_id, error)
 
-    def _fail_capture(self, job_ids: set[str], error: Exception) -> None:
-        """Fails the jobs of this forward's windows; the inference rows in it go on."""
-        logger.exception("capturing activations failed")
-        for job_id in job_ids:
-            self._result.failures[job_id] = failure_of(error)
-        self.end_forward()
+    def _fail_capture(self, job_id: str, error: Exception) -> None:
+        """Fails a job that has windows in this forward; the other rows in it go on."""
+        logger.exception("capturing the activations of finetuning job %s failed", job_id)
+        self._result.failures[job_id] = failure_of(error)
+        self._captures = [c for c in self._captures if c.job_id != job_id]
 
 
 @dataclass(frozen=True)

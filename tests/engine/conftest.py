@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # Worker processes unpickle the harness's functions and import the test scheduler by name.
-for folder in (HERE, HERE.parent):
+for folder in (HERE, HERE.parent, HERE.parent / "data"):
     sys.path.insert(0, str(folder))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -3,6 +3,7 @@
 The functions below named ``on_worker`` run inside the worker process (vLLM's ``collective_rpc``).
 """
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -146,6 +147,10 @@ def on_worker_break_capture(worker: Any) -> None:
         working(layout, pages, key, *args)
 
     cache.write = broken
+
+
+def on_worker_pid(worker: Any) -> int:
+    return os.getpid()
 
 
 def on_worker_lora_ids(worker: Any) -> list[int | None]:

@@ -57,8 +57,10 @@ def random_adapter(
     targets: Sequence[str] = ALL_TARGETS,
     seed: int = 0,
     layers: list[int] | None = None,
+    scale: float = 0.02,
 ) -> Path:
-    """A PEFT adapter whose B is not zero, so that the gradients of A are not."""
+    """A PEFT adapter whose B is not zero, so that the gradients of A are not; its elements have
+    a standard deviation of ``scale``."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = LoraConfig(
@@ -71,7 +73,7 @@ def random_adapter(
     peft = get_peft_model(base, config)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.02)
+            parameter.data.normal_(0, scale)
     peft.save_pretrained(str(folder))
     return folder
 

@@ -61,6 +61,13 @@ class Server:
                 start_new_session=True,
                 env=_environment(),
             )
+        try:
+            self._wait_until_healthy(timeout)
+        except BaseException:  # a test that is interrupted has nothing yet to kill
+            self.kill()
+            raise
+
+    def _wait_until_healthy(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -69,8 +76,7 @@ class Server:
             except httpx.TransportError:
                 pass
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.5)
 
     def client(self, api_key: str = "none") -> openai.OpenAI:

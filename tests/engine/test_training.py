@@ -1,5 +1,6 @@
 """What surrounds the gradients, in the real engine: evaluation, DPO, checkpoints, pausing."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -9,10 +10,14 @@ import harness
 import pytest
 import reference
 import torch
-from models import random_adapter, random_examples, random_llama
+from models import ALL_TARGETS, random_adapter, random_examples, random_llama
 from safetensors.torch import load_file
 from test_gradients import LLAMAS, Engine, assert_equal
+from toy_tokenizer import CHATML, toy_tokenizer
+from trl_reference import TrlBatch, dpo_batch
 
+from flexllm_vllm import checkpoints
+from flexllm_vllm.data import ExampleTokenizer, tokenize_preferences
 from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
 
 LORA = LoraSpec(r=8, lora_alpha=16)
@@ -22,16 +27,19 @@ LORA = LoraSpec(r=8, lora_alpha=16)
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("training")
     model = random_llama(folder / "model", **LLAMAS["gqa-tied"])
-    engine = Engine(model, folder, activation_cache_tokens=1024, checkpoint_interval_s=0.2)
+    engine = Engine(model, folder, activation_cache_tokens=1024, checkpoint_interval_s=0.2,
+                    max_jobs=3)  # fmt: skip
     yield engine
     engine.close()
 
 
-def submit(engine: Engine, examples: Any, init: Path | None = None, **options: Any) -> Any:
+def submit(
+    engine: Engine, examples: Any, init: Path | None = None, lora: LoraSpec = LORA, **options: Any
+) -> Any:
     training = {"max_seq_length": 512, "seed": 0, "shuffle": False, "max_grad_norm": 0.0}
     parts = {name: options.pop(name) for name in ("validation", "method") if name in options}
     spec = TrainingSpec(**{**training, **options})
-    return harness.submit(engine.store, "base", examples, LORA, spec, init, **parts)
+    return harness.submit(engine.store, "base", examples, lora, spec, init, **parts)
 
 
 def finish(engine: Engine, job: Any) -> Any:
@@ -144,6 +152,67 @@ def test_preferences_have_the_gradients_of_dpo(engine: Engine, window: int | Non
     assert metrics(engine, job, "valid_loss")[0] == pytest.approx(after, rel=1e-4)
 
 
+# A line break before a turn instead of behind its end, which TRL counts as part of the answer.
+CHATML_BREAK_BEFORE = (
+    "{% for message in messages %}"
+    "\n<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+)
+PAIRS = [
+    ("How cold is it?", "About 12 degrees.", "Not very."),
+    ("Hi", "Hello! What can I do for you?", "What?"),
+    ("Name a colour of the sea, and say when it has it.", "Grey", "Green, at noon, off Brest"),
+]
+
+
+def with_trl(engine: Engine, init: Path, template: str) -> tuple[TrlBatch, list[Any]]:
+    """TRL's batch of the pairs, and our examples of them (preferred and other in turn)."""
+    tokenizer = toy_tokenizer(template)
+    tokenizer.pad_token = tokenizer.eos_token
+    said = [
+        (
+            [{"role": "user", "content": asked}],
+            *([{"role": "assistant", "content": a}] for a in two),
+        )
+        for asked, *two in PAIRS
+    ]
+    batch = dpo_batch(engine.model, init, tokenizer, said, 0.3, engine.folder / "trl")
+    file = engine.folder / "pairs.jsonl"
+    lines = [
+        {"input": {"messages": prompt}, "preferred_output": one, "non_preferred_output": other}
+        for prompt, one, other in said
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    dataset, _ = tokenize_preferences(file, ExampleTokenizer(toy_tokenizer(template)), 512)
+    return batch, [dataset.example(i) for i in range(len(dataset))]
+
+
+def test_preferences_have_the_gradients_of_trl(engine: Engine) -> None:
+    """From the same file on: its templates, masks, loss and reference."""
+    init = random_adapter(engine.model, engine.folder / "trl-init")
+    batch, examples = with_trl(engine, init, CHATML_BREAK_BEFORE)
+    assert sorted(examples) == sorted(batch.examples)
+    engine.gradients()
+    job = submit(engine, examples, init, method="dpo", beta=0.3, batch_size=3, n_epochs=1)
+    job = finish(engine, job)
+    [step] = engine.gradients()
+    assert_equal(step, batch.gradients, 1e-4)
+    assert metrics(engine, job, "train_loss") == pytest.approx([batch.loss], rel=1e-4)
+    assert len(batch.rewards) == 4
+    for name, value in batch.rewards.items():
+        assert metrics(engine, job, name) == pytest.approx([value], rel=1e-3, abs=1e-5), name
+
+
+def test_trl_counts_the_line_break_behind_an_answer(engine: Engine) -> None:
+    """The one difference, as docs/data-formats.md has it."""
+    init = random_adapter(engine.model, engine.folder / "trl-init")
+    batch, examples = with_trl(engine, init, CHATML)
+    newline = toy_tokenizer().encode("\n")
+    ours = [(ids + newline, [*mask, 1]) for ids, mask in examples]
+    assert sorted(ours) == sorted(batch.examples)
+
+
 def test_preferences_are_learnt(engine: Engine) -> None:
     examples = random_examples([40] * 16, seed=6)
     job = submit(engine, examples, method="dpo", batch_size=4, n_epochs=12, learning_rate=5e-3)
@@ -184,6 +253,60 @@ def test_a_job_that_is_paused_ends_with_the_weights_of_an_unbroken_one(engine: E
     assert metrics(engine, job, "valid_loss") == pytest.approx(
         metrics(engine, unbroken, "valid_loss"), rel=1e-4
     )
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(engine: Engine) -> None:
+    examples = random_examples([60] * 12)
+    options = {"batch_size": 2, "n_epochs": 15, "learning_rate": 1e-3, "shuffle": True}
+    unbroken = finish(engine, submit(engine, examples, **options))
+    job = submit(engine, examples, **options)
+    while len(kept := checkpoints.resumable_steps(job.checkpoints_path)) < 2:
+        time.sleep(0.01)
+    engine.store.request_pause(job.id)
+    while engine.store.get_job(job.id).status is not JobStatus.PAUSED:
+        time.sleep(0.01)
+    before, newest = checkpoints.resumable_steps(job.checkpoints_path)[-2:]
+    assert newest >= kept[-1]
+    damaged = checkpoints.folder_of(job.checkpoints_path, newest) / checkpoints.OPTIMIZER_FILE
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    engine.store.resume(job.id)
+    job = finish(engine, job)
+    messages = [e.message for e in engine.store.list_events(job.id, limit=1000)[0]]
+    assert any("damaged" in message and f"step-{newest}" in message for message in messages)
+    assert f"Training continues at step {before}" in messages
+    assert metrics(engine, job, "train_loss") == pytest.approx(
+        metrics(engine, unbroken, "train_loss"), rel=1e-4
+    )
+    expected = weights(unbroken.adapter_path)
+    for name, tensor in weights(job.adapter_path).items():
+        assert reference.relative_error(tensor, expected[name]) < 1e-4, name
+
+
+def test_a_job_has_the_losses_it_has_alone_beside_others(engine: Engine) -> None:
+    def start(seed: int, r: int, targets: tuple[str, ...], steps: int) -> Any:
+        lengths = [random.Random(seed * 100 + i).randrange(10, 120) for i in range(20)]
+        lora = LoraSpec(r=r, lora_alpha=2 * r, target_modules=targets)
+        return submit(engine, random_examples(lengths, seed), lora=lora, batch_size=3,
+                      max_steps=steps, learning_rate=2e-3, shuffle=True, seed=seed,
+                      max_grad_norm=1.0)  # fmt: skip
+
+    job = start(1, 8, ALL_TARGETS, 20)
+    alone = metrics(engine, finish(engine, job), "train_loss")
+    others = [start(2, 16, ("q_proj", "v_proj"), 1000), start(3, 4, ("down_proj",), 1000)]
+    for other in others:
+        wait_for_step(engine, other, 1)
+    job = start(1, 8, ALL_TARGETS, 20)
+    steps = [engine.store.get_job(other.id).step for other in others]
+    beside = metrics(engine, finish(engine, job), "train_loss")
+    for other, step in zip(others, steps, strict=True):
+        assert engine.store.get_job(other.id).step > step + 3, "it did not train meanwhile"
+        engine.store.request_cancel(other.id)
+        harness.wait(engine.store, other.id)
+    assert len(alone) == 20
+    assert beside == pytest.approx(alone, rel=1e-5)
+    assert beside[-1] < beside[0] - 0.1
 
 
 def test_checkpoints_of_each_epoch_and_of_save_steps(engine: Engine) -> None:
