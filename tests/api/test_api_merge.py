@@ -47,7 +47,7 @@ Merge = Callable[..., httpx.Response]
 
 
 def finished(server: Any, merge_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         answer = httpx.get(f"{server.url}/v1/finetuning/adapters/merges/{merge_id}")
         assert answer.status_code == 200, answer.text
@@ -169,7 +169,7 @@ def test_the_process_of_peft_ends_with_the_one_that_started_it(tmp_path: Path) -
         process = merger_module._start(fifo, errors)
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=180) == 1
 
 
 def error_of(answer: httpx.Response, status: int = 400) -> tuple[str, str | None]:
