@@ -33,6 +33,7 @@ from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.tracking import Tracking
 from flexllm_vllm.api.unmatched import attach_unmatched
 from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.config import FinetuningConfig
@@ -108,6 +109,8 @@ class FinetuningEndpointPlugin:
         )
         # The router in webhooks.py runs it as long as the application lives.
         state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
+        # The router in fine_tuning.py runs it likewise.
+        state.finetuning_tracking = Tracking(store)
         # The router in adapter_routes.py runs its tasks as long as the application lives.
         state.finetuning_adapters = _adapter_service(
             engine_client, store, state.finetuning.base_models, config.max_lora_rank

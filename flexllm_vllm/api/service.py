@@ -37,6 +37,7 @@ from flexllm_vllm.jobs.types import (
     Method,
     NewEvent,
     NewJob,
+    TrackerSpec,
     TrainingSpec,
 )
 from flexllm_vllm.log import get_logger
@@ -165,6 +166,7 @@ class FinetuningService:
                     organization_id=tenant.organization_id,
                     metadata=request.metadata,
                     events=(NewEvent(f"Created fine-tuning job: {job_id}"), *events),
+                    trackers=(TrackerSpec("tensorboard"),),
                 ),
                 tenant.quotas,
                 claim,
