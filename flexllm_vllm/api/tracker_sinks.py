@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Protocol
 
+from flexllm_vllm.api.tracker_access import TrackerAccess
+from flexllm_vllm.api.tracker_process import ProcessSink
 from flexllm_vllm.jobs.types import FinetuningJob, JobTracker
 from flexllm_vllm.trackers.points import MetricPoint
+from flexllm_vllm.trackers.run import RunDescription
 from flexllm_vllm.trackers.tensorboard import TensorBoardFiles
 
 
@@ -59,6 +63,33 @@ class TensorBoardSink:
             self._files.close()
 
 
-def open_sink(job: FinetuningJob, tracker: JobTracker, live: Callable[[], None]) -> Sink:
-    """The writer of a tracker; ``live`` is called while an answer of it is waited for."""
-    return TensorBoardSink(job)
+OpenSink = Callable[[FinetuningJob, JobTracker, Callable[[], None]], Sink]
+
+
+def sink_opener(access: TrackerAccess) -> OpenSink:
+    """Makes the writers of trackers; they open nothing before there is something to write."""
+
+    def open_sink(job: FinetuningJob, tracker: JobTracker, live: Callable[[], None]) -> Sink:
+        if tracker.kind == "tensorboard":
+            return TensorBoardSink(job)
+        description = _description(job, tracker)
+        environment = access.process_environment(tracker.kind)
+        return ProcessSink(tracker.kind, description, environment, live)
+
+    return open_sink
+
+
+def _description(job: FinetuningJob, tracker: JobTracker) -> RunDescription:
+    config = {
+        "model": job.model,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "method": job.method,
+        "total_steps": job.total_steps,
+        **asdict(job.training),
+        **{f"lora.{name}": value for name, value in asdict(job.lora).items()},
+        **{f"metadata.{name}": value for name, value in (job.metadata or {}).items()},
+    }
+    return RunDescription(
+        job.id, job.adapter_name, tracker.settings, config, str(job.folder.absolute())
+    )

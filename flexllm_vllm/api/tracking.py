@@ -11,10 +11,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from flexllm_vllm.api.tracker_sinks import Sink, open_sink
+from flexllm_vllm.api.tracker_access import TrackerAccess
+from flexllm_vllm.api.tracker_sinks import OpenSink, Sink, sink_opener
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.trackers import LEASE_S
-from flexllm_vllm.jobs.types import FinetuningJob, JobTracker, NewEvent
+from flexllm_vllm.jobs.types import JobTracker, NewEvent
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.trackers.errors import TrackerError
 from flexllm_vllm.trackers.points import MetricPoint, metric_point
@@ -32,8 +33,6 @@ MAX_SESSIONS = 16
 # What sessions get when the server ends.
 STOP_S = 3.0
 
-OpenSink = Callable[[FinetuningJob, JobTracker, Callable[[], None]], Sink]
-
 
 class _StoppedError(Exception):
     """The server ends."""
@@ -47,7 +46,7 @@ class Tracking:
     """The trackers that one API process works for.
 
     Args:
-        open_sink: makes the writer of a tracker; opens nothing before there is something to write.
+        access: what this server can reach of trackers.
         retry_delays_s: seconds from each attempt to the next; after the last one it gives up.
         poll_s: seconds between looks for changes of the store.
         lease_s: seconds that a tracker stays ours without a sign of life.
@@ -56,14 +55,14 @@ class Tracking:
     def __init__(
         self,
         store: JobStore,
-        open_sink: OpenSink = open_sink,
+        access: TrackerAccess | None = None,
         retry_delays_s: Sequence[int] = RETRY_DELAYS_S,
         poll_s: float = POLL_S,
         lease_s: int = LEASE_S,
     ) -> None:
         self._store = store
         self._trackers = store.trackers
-        self._open_sink = open_sink
+        self._open_sink: OpenSink = sink_opener(access or TrackerAccess())
         self._retry_delays_s = tuple(retry_delays_s)
         self._poll_s = poll_s
         self._lease_s = lease_s
