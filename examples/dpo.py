@@ -26,6 +26,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--epochs", type=int, default=3)
     options.add_argument("--max-steps", type=int, default=-1, help="end after these; -1: do not")
+    options.add_argument("--batch-size", type=int, default=4, help="pairs in a step")
     options.add_argument("--beta", type=float, default=0.1)
     args = options.parse_args()
     client, base = connect(args)
@@ -42,7 +43,7 @@ def main() -> None:
             "dpo": {
                 "hyperparameters": {
                     "n_epochs": args.epochs,
-                    "batch_size": 4,
+                    "batch_size": args.batch_size,
                     "beta": args.beta,
                     "learning_rate": 5e-4,  # type: ignore[typeddict-unknown-key]
                     "max_steps": args.max_steps,
