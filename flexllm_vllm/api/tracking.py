@@ -146,19 +146,21 @@ class Tracking:
     def _follow(self, tracker: JobTracker, sink: Sink, live: Callable[[], None]) -> None:
         """Write what comes until the job has ended, or stops for now."""
         position = self._trackers.rewind(tracker) if sink.rewinds else tracker.position
+        has_run = tracker.position > 0
         while True:
             version = self._store.data_version()
             job = self._store.get_job(tracker.job_id)  # before its events: then none is missed
             points, position, all_read = self._read(tracker.job_id, position)
             if points:
                 sink.write(points)
+                has_run = True
                 if not self._trackers.advance(tracker, position, self._lease_s):
                     raise _ClaimLostError
                 self._tell_address(tracker, sink)
             if not all_read:
                 continue
             if job.status.finished:
-                if position > 0:
+                if has_run:
                     sink.finish(job.status.value, job.fine_tuned_model)
                 self._trackers.complete(tracker)
                 return

@@ -62,7 +62,7 @@ def wait_until(condition: Callable[[], Any], timeout: float = 90) -> None:
         time.sleep(0.05)
 
 
-def column(store: JobStore, name: str, job: FinetuningJob, kind: str) -> Any:
+def column(store: JobStore, name: str, job: Any, kind: str) -> Any:
     with store._database.read() as connection:
         query = f"SELECT {name} FROM trackers WHERE job_id = ? AND kind = ?"
         return connection.exec_driver_sql(query, (job.id, kind)).scalar_one()
@@ -278,6 +278,18 @@ def test_a_server_that_ends_puts_the_run_aside_and_the_next_one_goes_on(
     train(other.store, job.id, 4, 6)
     end(other.store, job, "mlflow")
     assert mlflow_steps(theirs) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_that_never_ran_has_no_run(
+    use: Any, client: openai.OpenAI, server: Any, mlflow: Any
+) -> None:
+    uri, theirs = mlflow
+    use(MLFLOW_TRACKING_URI=uri)
+    file = client.files.create(file=("a.jsonl", EXAMPLE), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="demo", training_file=file.id, integrations=[MLFLOW])
+    client.fine_tuning.jobs.cancel(job.id)
+    wait_until(lambda: column(server.store, "next_attempt_at", job, "mlflow") is None)
+    assert theirs.get_experiment_by_name("orders") is None
 
 
 def test_a_flag_has_every_job_tracked(use: Any, create: Any, server: Any, mlflow: Any) -> None:

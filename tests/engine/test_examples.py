@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 from server import NAME, Server, free_port, start_job, train_file, wait_for, wait_for_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -69,10 +70,22 @@ def example(server: Server, keys: dict[str, str]) -> Callable[..., str]:
     )
 
 
-def test_quickstart(example: Callable[..., str], tmp_path: Path) -> None:
+def test_quickstart_and_its_tensorboard_files(
+    example: Callable[..., str], tmp_path: Path, folder: Path
+) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(LINES[:FEW]))
     printed = example("quickstart", str(tmp_path / "train.jsonl"))
     assert "succeeded The job has successfully completed" in printed
+    (files,) = (folder / "finetuning" / "jobs").glob("*/tensorboard")
+    events = EventAccumulator(str(files))
+    deadline = time.monotonic() + 20
+    while not events.Reload().Tags()["scalars"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert [e.step for e in events.Scalars("train/loss")] == [1]
+    tags = {"train/token_accuracy", "train/learning_rate", "train/grad_norm",
+            "train/tokens_per_second"}  # fmt: skip
+    assert tags <= set(events.Tags()["scalars"])
 
 
 def test_chat_data(example: Callable[..., str]) -> None:
