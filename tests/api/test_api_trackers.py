@@ -2,14 +2,15 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from flexllm_vllm.api.tracker_access import TrackerAccess
@@ -111,9 +112,12 @@ def wandb_history(job: FinetuningJob) -> list[dict[str, str]]:
 
 
 def tracker_processes() -> list[int]:
-    query = ["pgrep", "-P", str(os.getpid()), "-f", "flexllm_vllm.trackers.program"]
-    found = subprocess.run(query, capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "flexllm_vllm.trackers.program" in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 def test_wandb_gets_each_step_once(
