@@ -1,15 +1,23 @@
-"""Upload, train, use: the stock openai client against a server with --enable-finetuning."""
+"""Upload, train, use: the stock openai client against a server with --enable-finetuning.
+
+python -m examples.quickstart [train.jsonl]
+"""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 from openai import OpenAI
 
-client = OpenAI(base_url=os.environ.get("BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none")
+client = OpenAI(
+    base_url=os.environ.get("BASE_URL", "http://127.0.0.1:8000/v1"),
+    api_key=os.environ.get("API_KEY", "none"),
+)
 model = client.models.list().data[0].id
 
-file = client.files.create(file=Path(__file__).parent / "data" / "train.jsonl", purpose="fine-tune")
+data = Path(sys.argv[1] if sys.argv[1:] else Path(__file__).parent / "data" / "train.jsonl")
+file = client.files.create(file=data, purpose="fine-tune")
 job = client.fine_tuning.jobs.create(
     model=model,
     training_file=file.id,

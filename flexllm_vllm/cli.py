@@ -10,6 +10,7 @@ from flexllm_vllm.config import (
     ACTIVATION_POLICIES,
     BASE_WEIGHTS,
     KEY,
+    TRACKERS,
     FinetuningConfig,
     default_dir,
 )
@@ -180,6 +181,20 @@ def add_flags(parser: Any) -> None:
         help="Webhooks may go to private, loopback and link-local addresses, and over http. Anyone "
         "who may create webhook endpoints can then have this server call its own network.",
     )
+    group.add_argument(
+        "--finetuning-report-to",
+        nargs="+",
+        choices=TRACKERS,
+        default=argparse.SUPPRESS,
+        help="Experiment trackers that get the metrics of every job, beside its TensorBoard files. "
+        "(default: those that the job asks for in its integrations)",
+    )
+    group.add_argument(
+        "--finetuning-wandb-key-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="File that holds the key for Weights & Biases. (default: WANDB_API_KEY)",
+    )
 
 
 def _target_ms(text: str) -> float | None:
@@ -216,13 +231,19 @@ def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
             "--finetuning-activation-cache-tokens and --finetuning-activation-cache-bytes say the "
             "same thing; give one of them"
         )
-    for name in given.keys() & {"dir", "keys_file"}:
+    for name in given.keys() & {"dir", "keys_file", "wandb_key_file"}:
         given[name] = Path(given[name]).expanduser().absolute()
+    if "report_to" in given:
+        given["report_to"] = tuple(dict.fromkeys(given["report_to"]))
     config = FinetuningConfig(**given)
     if config.keys_file is not None:
         from flexllm_vllm.api.keys import KeyFile
 
         KeyFile(config.keys_file)  # what is wrong with it is said now, not when the engine is up
+    if config.report_to or config.wandb_key_file is not None:
+        from flexllm_vllm.api.tracker_access import TrackerAccess
+
+        TrackerAccess(config.report_to, config.wandb_key_file).check()
     return config
 
 

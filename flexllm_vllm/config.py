@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 # The key in ``VllmConfig.additional_config`` under which the configuration travels to the engine
 # and worker processes.
@@ -11,6 +11,7 @@ KEY = "finetuning"
 
 ACTIVATION_POLICIES = ("store", "balanced", "minimal")
 ACTIVATION_DTYPES = ("auto", "bfloat16", "int8")
+TRACKERS = ("wandb", "mlflow")
 BASE_WEIGHTS = ("auto", "one-copy", "two-copies")
 
 
@@ -49,6 +50,8 @@ class FinetuningConfig:
         max_queued_jobs: jobs that wait for their start.
         max_examples: examples in a file.
         webhook_allow_private: webhooks may go to private addresses, and over http.
+        report_to: trackers beside TensorBoard that every job has.
+        wandb_key_file: holds the key for Weights & Biases; None: the environment does.
     """
 
     dir: Path = field(default_factory=default_dir)
@@ -70,6 +73,8 @@ class FinetuningConfig:
     max_queued_jobs: int = 100
     max_examples: int = 1_000_000
     webhook_allow_private: bool = False
+    report_to: tuple[Literal["wandb", "mlflow"], ...] = ()
+    wandb_key_file: Path | None = None
 
     # Rows of the worker's batch beyond the user's --max-num-seqs: finetuning sequences that can
     # have a window in one iteration. A row costs some hundred bytes.
@@ -119,14 +124,19 @@ class FinetuningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        keys_file = None if self.keys_file is None else str(self.keys_file)
-        return {**asdict(self), "dir": str(self.dir), "keys_file": keys_file}
+        values = asdict(self)
+        values["report_to"] = list(self.report_to)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FinetuningConfig":
-        keys_file = values.get("keys_file")
-        paths = {"dir": Path(values["dir"]), "keys_file": keys_file and Path(keys_file)}
-        return cls(**{**values, **paths})
+        paths = {
+            name: Path(values[name])
+            for name in ("dir", "keys_file", "wandb_key_file")
+            if values.get(name)
+        }
+        report_to = tuple(values.get("report_to") or ())
+        return cls(**{**values, **paths, "report_to": report_to})
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "FinetuningConfig | None":

@@ -1,5 +1,6 @@
 """The flags, through vLLM's own parser."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -162,3 +163,19 @@ def test_webhooks_go_to_public_addresses_unless_allowed(parser: FlexibleArgument
         assert config.webhook_allow_private is allowed
     with pytest.raises(ValueError, match="--finetuning-webhook-allow-private has no effect"):
         engine_args(parser, "--finetuning-webhook-allow-private")
+
+
+def test_trackers_travel_to_the_other_processes(
+    parser: FlexibleArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    (tmp_path / "key").write_text("k" * 40)
+    flags = ["--enable-finetuning", "--finetuning-report-to", "wandb", "mlflow"]
+    flags += ["--finetuning-wandb-key-file", str(tmp_path / "key")]
+    sent = json.dumps(engine_args(parser, *flags).additional_config)
+    assert "kkkk" not in sent
+    config = FinetuningConfig.from_dict(json.loads(sent)[KEY])
+    assert config.report_to == ("wandb", "mlflow")
+    assert config.wandb_key_file == tmp_path / "key"
+    with pytest.raises(ValueError, match=r"--finetuning-wandb-key-file .* cannot be read"):
+        engine_args(parser, *flags[:-1], str(tmp_path / "none"))

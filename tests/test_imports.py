@@ -17,7 +17,17 @@ MAY_IMPORT = {
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/adapter_files": {"adapter_files", "log"},
-    "flexllm_vllm/api": {"api", "jobs", "data", "adapter_files", "checkpoints", "config", "log"},
+    "flexllm_vllm/trackers": {"trackers", "log"},
+    "flexllm_vllm/api": {
+        "api",
+        "jobs",
+        "data",
+        "adapter_files",
+        "trackers",
+        "checkpoints",
+        "config",
+        "log",
+    },
     "flexllm_vllm/commandline": {"commandline", "__version__"},
     "flexllm_vllm/models": {"models", "kernels"},
     "flexllm_vllm/worker": {

@@ -15,12 +15,12 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import flexllm_vllm
 from flexllm_vllm.adapter_files.base_linears import BaseLinears
 from flexllm_vllm.adapter_files.check import check_adapter
 from flexllm_vllm.adapter_files.durable import publish
 from flexllm_vllm.adapter_files.errors import AdapterFileError
 from flexllm_vllm.adapter_files.merge_job import MergeJob
+from flexllm_vllm.api.child_process import child_environment
 from flexllm_vllm.jobs.merges import LEASE_S
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import AdapterMerge
@@ -180,16 +180,9 @@ class Merger:
 
 
 def _start(job: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    # Where this package lies, and not the folder in which the server was started.
-    paths = [str(Path(flexllm_vllm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.Popen(
         [sys.executable, "-P", "-m", _PROGRAM, str(job)],
-        env=environment,
+        env=child_environment(),
         stdin=subprocess.PIPE,  # the program ends with it, and so with this process
         stdout=subprocess.DEVNULL,
         stderr=errors,

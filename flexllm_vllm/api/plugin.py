@@ -33,6 +33,8 @@ from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.tracker_access import TrackerAccess
+from flexllm_vllm.api.tracking import Tracking
 from flexllm_vllm.api.unmatched import attach_unmatched
 from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.config import FinetuningConfig
@@ -94,6 +96,7 @@ class FinetuningEndpointPlugin:
         store = await asyncio.to_thread(JobStore, config.dir)
         await asyncio.to_thread(store.clean_up)
         adapters = serve_adapters(served, store)
+        trackers = TrackerAccess(config.report_to, config.wandb_key_file)
         model_length = vllm_config.model_config.max_model_len
         state.finetuning = FinetuningService(
             store=store,
@@ -105,9 +108,12 @@ class FinetuningEndpointPlugin:
             find_adapter=_paths_of(adapters),
             num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
             limits=Limits.from_config(config),
+            trackers=trackers,
         )
         # The router in webhooks.py runs it as long as the application lives.
         state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
+        # The router in fine_tuning.py runs it likewise.
+        state.finetuning_tracking = Tracking(store, trackers)
         # The router in adapter_routes.py runs its tasks as long as the application lives.
         state.finetuning_adapters = _adapter_service(
             engine_client, store, state.finetuning.base_models, config.max_lora_rank

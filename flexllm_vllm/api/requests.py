@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from flexllm_vllm.api.integrations import Integration
 from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.names import check_suffix
 from flexllm_vllm.jobs.types import TARGET_MODULES
@@ -45,12 +46,6 @@ def _safe_suffix(value: str | None) -> str | None:
     if value:
         check_suffix(value)
     return value or None
-
-
-def _no_integrations(value: Any) -> Any:
-    if value:
-        raise ValueError("integrations are not supported yet")
-    return None
 
 
 _AutoIntSchema = Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] | None
@@ -172,7 +167,7 @@ class JobCreateRequest(RequestBody):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: dict[str, str] | None = None
     validation_file: str | None = None
-    integrations: Annotated[None, BeforeValidator(_no_integrations)] = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
 
     @field_validator("metadata")
     @classmethod

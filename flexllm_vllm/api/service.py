@@ -11,6 +11,7 @@ from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.file_service import FileService
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
 from flexllm_vllm.api.idempotency import create_once
+from flexllm_vllm.api.integrations import integration_objects
 from flexllm_vllm.api.job_data import JobData, report_events
 from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.lora import resolve_lora
@@ -23,6 +24,7 @@ from flexllm_vllm.api.requests import (
     Supervised,
 )
 from flexllm_vllm.api.tenants import LOCAL, Tenant
+from flexllm_vllm.api.tracker_access import TrackerAccess
 from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.order import num_steps
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport
@@ -60,6 +62,7 @@ class FinetuningService:
         fetch_iterations: the engine's records of its last iterations.
         num_layers: decoder layers of the base model.
         limits: how much this server takes in.
+        trackers: where metrics can be sent.
     """
 
     store: JobStore
@@ -72,6 +75,7 @@ class FinetuningService:
     num_layers: int
     target_modules: tuple[str, ...] = TARGET_MODULES
     limits: Limits = field(default_factory=Limits)
+    trackers: TrackerAccess = field(default_factory=TrackerAccess)
 
     @cached_property
     def _data(self) -> JobData:
@@ -128,6 +132,7 @@ class FinetuningService:
         )
         method = _method(request)
         max_seq_length = self._max_seq_length(wanted, method, where)
+        trackers = self.trackers.trackers(request.integrations)
         job_id, folder = self.store.new_job()
         try:
             report, events = self._tokenize(request, tenant, folder, max_seq_length)
@@ -165,6 +170,8 @@ class FinetuningService:
                     organization_id=tenant.organization_id,
                     metadata=request.metadata,
                     events=(NewEvent(f"Created fine-tuning job: {job_id}"), *events),
+                    integrations=integration_objects(request.integrations),
+                    trackers=trackers,
                 ),
                 tenant.quotas,
                 claim,

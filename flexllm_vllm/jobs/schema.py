@@ -206,6 +206,23 @@ webhook_deliveries = _table(
 Index("deliveries_due", webhook_deliveries.c.next_attempt_at)
 Index("deliveries_of_endpoint", webhook_deliveries.c.endpoint_id)
 
+# Where the metrics of a job are sent: TensorBoard files, experiment trackers. ``position`` is the
+# ``seq`` of the last event that is there.
+trackers = _table(
+    "trackers",
+    Column("job_id", String, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("kind", String, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("position", Integer, nullable=False, server_default="0"),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("next_attempt_at", Integer),  # null: complete or given up
+    Column("last_error", String),
+    Column("claimed_by", String),
+    Column("claimed_until", Integer),
+)
+Index("trackers_of_job", trackers.c.job_id, trackers.c.kind, unique=True)
+Index("trackers_due", trackers.c.next_attempt_at)
+
 idempotency_keys = _table(
     "idempotency_keys",
     Column("key", String, nullable=False),

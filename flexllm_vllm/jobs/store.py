@@ -2,10 +2,11 @@
 
 Layout below ``root``, readable by its owner alone::
 
-    store.db                  jobs, events, files, adapters, webhooks (schema.py)
+    store.db                  jobs, events, files, adapters, webhooks, trackers (schema.py)
     files/<file id>           what was uploaded
     uploads/<part id>         parts of uploads that are not complete
-    jobs/<job id>/            dataset.safetensors, checkpoints/, adapter/ (the final PEFT folder)
+    jobs/<job id>/            dataset.safetensors, checkpoints/, tensorboard/,
+                              adapter/ (the final PEFT folder)
     engines/<engine id>       locks of living engines and API processes (owner.py)
     adapters/<id>             PEFT folders that were imported or merged
     serving/<engine id>       likewise, of engines that serve the adapters
@@ -47,6 +48,7 @@ from flexllm_vllm.jobs.rows import (
     job_from_row,
     job_values,
 )
+from flexllm_vllm.jobs.trackers import TrackerStore, add_trackers
 from flexllm_vllm.jobs.types import (
     Checkpoint,
     EventLevel,
@@ -90,6 +92,7 @@ class JobStore(JobQueue):
         self.adapters = AdapterStore(database)
         self.merges = MergeStore(database)
         self.webhooks = WebhookStore(database)
+        self.trackers = TrackerStore(database)
         self._serving = EngineOwner(root / "serving")
         self._watch: sqlite3.Connection = database.raw_connection()
         self._watch_lock = threading.Lock()
@@ -135,6 +138,7 @@ class JobStore(JobQueue):
             connection.execute(insert(schema.jobs).values(**job_values(job)))
             for event in job.events:
                 insert_event(connection, job.id, event)
+            add_trackers(connection, job.id, job.trackers)
             if claim is not None:
                 complete_claim(connection, claim, job.id)
             return job_from_row(self._row(connection, job.id), self._jobs_folder)

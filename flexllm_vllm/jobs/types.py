@@ -42,6 +42,8 @@ MergeMethod = Literal[
     "magnitude_prune_svd",
 ]
 
+TrackerKind = Literal["tensorboard", "wandb", "mlflow"]
+
 EventLevel = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics"]
 
@@ -170,6 +172,34 @@ class JobEvent:
 
 
 @dataclass(frozen=True)
+class TrackerSpec:
+    """Where the metrics of a job shall go. ``settings`` are those of the tracker's ``integrations``
+    entry; none of them is a secret."""
+
+    kind: TrackerKind
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobTracker:
+    """A tracker of a job, claimed by a process.
+
+    Attributes:
+        position: number of the last event that it has.
+        attempt: counted from 1, since it was last seen to work.
+        claim: by which the process that holds it is known.
+    """
+
+    seq: int
+    job_id: str
+    kind: TrackerKind
+    settings: dict[str, Any]
+    position: int
+    attempt: int
+    claim: str
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A job to queue. Its folder, from ``JobStore.new_job``, already holds the tokenized dataset.
 
@@ -195,6 +225,7 @@ class NewJob:
     organization_id: str = "local"
     metadata: dict[str, str] | None = None
     events: tuple[NewEvent, ...] = ()
+    trackers: tuple[TrackerSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -256,6 +287,11 @@ class FinetuningJob:
     def checkpoints_path(self) -> Path:
         """Where the checkpoints lie, a folder each."""
         return self.folder / "checkpoints"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        """Where its TensorBoard files lie."""
+        return self.folder / "tensorboard"
 
     @property
     def adapter_path(self) -> Path:

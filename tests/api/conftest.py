@@ -31,6 +31,7 @@ from flexllm_vllm.api.adapters import serve_adapters
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.plugin import attach_routes
 from flexllm_vllm.api.service import FinetuningService
+from flexllm_vllm.api.tracking import Tracking
 from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.data import ExampleTokenizer
 from flexllm_vllm.jobs import JobStore
@@ -189,6 +190,7 @@ def start_server(tmp_path: Path, toy_tokenizer: Any) -> Iterator[Callable[[], Se
         app.state.finetuning = service
         app.state.finetuning_adapters = adapters
         app.state.finetuning_webhooks = WebhookSender(store)
+        app.state.finetuning_tracking = Tracking(store, poll_s=0.05)
         running, thread, url = _run_server(app)
         started.append((running, thread))
         return Server(url, app, service, store, adapters, engine)

@@ -165,7 +165,7 @@ def test_an_unknown_job_is_not_found(client: openai.OpenAI) -> None:
             "hyperparameters.eval_steps",
             "validation_file",
         ),
-        ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "not supported"),
+        ({"integrations": [{"type": "wandb"}]}, 400, "integrations.0", "are missing"),
         ({"metadata": {"a": 1}}, 400, "metadata.a", "string"),
         ({"extra_body": {"foo": 1}}, 400, "foo", "foo"),
         ({"method": {"type": "reinforcement"}}, 400, "method.type", "'supervised' and 'dpo'"),

@@ -81,3 +81,15 @@ def test_a_store_of_a_newer_release_is_refused(tmp_path: Path) -> None:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(StoreVersionError, match="9999"):
         JobStore(tmp_path)
+
+
+def test_a_store_without_trackers_gets_them(tmp_path: Path) -> None:
+    JobStore(tmp_path).close()
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("DROP TABLE trackers")
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+    connection.close()
+    with JobStore(tmp_path) as store:
+        assert store.trackers.claim(1) == []
+        with store._database.read() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, inspect, text
 from flexllm_vllm.jobs.errors import StoreVersionError
 
 _FIRST = "0001"
-NEWEST = "0002"
+NEWEST = "0003"
 
 
 def stamp(connection: Connection) -> None:

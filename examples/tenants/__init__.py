@@ -1,0 +1,1 @@
+"""Two organizations on one server."""
