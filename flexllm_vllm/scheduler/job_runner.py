@@ -188,14 +188,23 @@ class JobRunner:
         message = failure.message
         if loop is not None and loop.progress.step:
             message += f" (at step {loop.progress.step + 1} of {loop.total_steps})"
-        self._planner.remove(job_id)
-        self._feeder.failed(job_id, JobFailure(failure.code, message))
+        try:
+            self._planner.remove(job_id)
+        finally:
+            self._feeder.failed(job_id, JobFailure(failure.code, message))
 
     def fail_all(self, error: Exception) -> None:
-        """Ends every running job: the planner's state cannot be trusted after ``error``."""
+        """Ends every running job: the planner's state cannot be trusted after ``error``. It raises
+        nothing itself."""
         for job_id in list(self._planner.loops):
-            self._fail(job_id, _failure(error))
-        self._planner.reset()
+            try:
+                self._fail(job_id, _failure(error))
+            except Exception:
+                logger.exception("taking out finetuning job %s failed", job_id)
+        try:
+            self._planner.reset()
+        except Exception:
+            logger.exception("freeing what finetuning holds failed")
 
 
 def _failure(error: Exception) -> JobFailure:

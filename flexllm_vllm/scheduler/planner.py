@@ -148,10 +148,10 @@ class Planner:
         loop = self.loops.pop(job_id, None)
         if loop is None:
             return
-        for pack in [p for p in self._packs.values() if p.job_id == job_id]:
-            self._give_up(pack)
         if loop.started:
             self._ended.append(job_id)
+        for pack in [p for p in self._packs.values() if p.job_id == job_id]:
+            self._give_up(pack)
 
     def take_failed(self) -> dict[str, Exception]:
         """Jobs that were taken out since their planning raised."""
@@ -175,10 +175,12 @@ class Planner:
         self.num_dropped += 1
         return True
 
-    def give_up_all(self) -> None:
-        """Frees all KV blocks."""
+    def give_up_all(self) -> bool:
+        """Frees all KV blocks. False if there were none."""
+        given_up = False
         while self.give_up_youngest():
-            pass
+            given_up = True
+        return given_up
 
     def _give_up(self, pack: Pack) -> None:
         self._dropped.append(pack.pack_id)
@@ -203,6 +205,18 @@ class Planner:
         """
         plan = StepPlan(end=self._ended, drop=self._dropped)
         self._ended, self._dropped = [], []
+        try:
+            self._fill(plan, budget)
+        except Exception:
+            self.take_back(plan)
+            raise
+        return plan
+
+    def take_back(self, plan: StepPlan) -> None:
+        """A plan does not reach the worker, which will yet have to hear of what has ended."""
+        self._ended, self._dropped = plan.end + self._ended, plan.drop + self._dropped
+
+    def _fill(self, plan: StepPlan, budget: Budget) -> None:
         for loop in self.loops.values():
             if not loop.started:
                 self._guard(loop, lambda x: plan.start.append(x.start()), loop)
@@ -223,7 +237,6 @@ class Planner:
             tokens = max(1, int(left / budget.forward))
             self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
         self._leave_out_failed(plan)
-        return plan
 
     def _guard(self, loop: TrainingLoop, work: Callable[..., T], *arguments: Any) -> T | None:
         """Runs the planning of one job. An exception in it ends that job and no other."""

@@ -58,6 +58,7 @@ class FinetuningScheduler(Scheduler):
         self._max_tokens = config.max_tokens
         self._budget = LatencyBudget(config.max_tokens, config.tpot_slo_ms, config.ttft_slo_ms)
         self._iterations = IterationLog()
+        self._is_recording = True
         observability = self.vllm_config.observability_config
         self._stats = FinetuningStats(
             histogram_buckets(
@@ -146,11 +147,24 @@ class FinetuningScheduler(Scheduler):
 
         def allocate_slots(*args: Any, **kwargs: Any) -> Any:
             blocks = allocate(*args, **kwargs)
-            while blocks is None and self._planner.give_up_youngest():
+            while blocks is None and self._give_up(self._planner.give_up_youngest):
                 blocks = allocate(*args, **kwargs)
             return blocks
 
         self.kv_cache_manager.allocate_slots = allocate_slots
+
+    def _give_up(self, give_up: Callable[[], bool]) -> bool:
+        """Has the planner free KV blocks. Returns whether there are more than before.
+
+        It is called in the midst of vLLM's own work: an exception ends jobs, which frees them too.
+        """
+        try:
+            return give_up()
+        except Exception as error:
+            logger.exception("giving up finetuning work failed")
+            had_jobs = bool(self._planner.loops)
+            self._jobs.fail_all(error)
+            return had_jobs
 
     @property
     def _may_finetune(self) -> bool:
@@ -168,6 +182,7 @@ class FinetuningScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         if not (self._may_finetune and self._jobs.has_work):
             return output
+        plan: StepPlan | None = None
         try:
             self._jobs.take_news()
             left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
@@ -183,6 +198,8 @@ class FinetuningScheduler(Scheduler):
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
             logger.exception("planning finetuning work failed")
+            if plan is not None:
+                self._planner.take_back(plan)
             self._jobs.fail_all(error)
             return output
 
@@ -197,17 +214,23 @@ class FinetuningScheduler(Scheduler):
             logger.exception("applying finetuning results failed")
             self._jobs.fail_all(error)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._record(scheduler_output)
+        if self._is_recording:
+            try:
+                self._record(scheduler_output)
+            except Exception:
+                # Finetuning goes on with what the latency model has learnt so far.
+                logger.exception("iterations are recorded no more")
+                self._is_recording = False
         return outputs
 
     def set_pause_state(self, pause_state: PauseState) -> None:
         super().set_pause_state(pause_state)
         if pause_state is not PauseState.UNPAUSED:
-            self._planner.give_up_all()
+            self._give_up(self._planner.give_up_all)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         # vLLM refuses while anyone holds blocks.
-        self._planner.give_up_all()
+        self._give_up(self._planner.give_up_all)
         return super().reset_prefix_cache(*args, **kwargs)
 
     def shutdown(self) -> None:

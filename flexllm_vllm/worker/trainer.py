@@ -292,7 +292,7 @@ class Trainer:
         key = (layer, name)
         for capture in list(self._captures):
             layout = capture.layout
-            if key not in layout.widths:
+            if key not in layout.widths or capture.job_id in self._result.failures:
                 continue
             try:
                 values = x[capture.rows]

@@ -205,12 +205,13 @@ def test_preferences_have_the_gradients_of_trl(engine: Engine) -> None:
 
 
 def test_trl_counts_the_line_break_behind_an_answer(engine: Engine) -> None:
-    """The one difference, as docs/data-formats.md has it."""
+    """The same tokens, and one more with loss; docs/data-formats.md says so."""
     init = random_adapter(engine.model, engine.folder / "trl-init")
     batch, examples = with_trl(engine, init, CHATML)
     newline = toy_tokenizer().encode("\n")
-    ours = [(ids + newline, [*mask, 1]) for ids, mask in examples]
-    assert sorted(ours) == sorted(batch.examples)
+    assert all(ids[-1:] == newline and mask[-2:] == [1, 0] for ids, mask in examples)
+    counted = [(ids, [*mask[:-1], 1]) for ids, mask in examples]
+    assert sorted(counted) == sorted(batch.examples)
 
 
 def test_preferences_are_learnt(engine: Engine) -> None:
