@@ -12,7 +12,7 @@ from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec
 from flexllm_vllm.jobs.types import DATASET_FILE, FinetuningJob, JobStatus
 from flexllm_vllm.plan import JobFailure
-from flexllm_vllm.scheduler.feeder import JobFeeder
+from flexllm_vllm.scheduler.feeder import POLL_INTERVAL, JobFeeder
 
 
 @pytest.fixture
@@ -99,9 +99,14 @@ def test_the_end_of_a_job_is_written_when_the_disk_has_room_again(
     job = claim(store, feeder)
     disk = FullDisk(feeder)
     feeder.failed(job.id, JobFailure("server_error", "x" * 20_000))
-    time.sleep(1)
+
+    def complaints() -> int:
+        return sum("cannot write the end" in record.getMessage() for record in caplog.records)
+
+    wait_until(lambda: complaints() > 0)
+    time.sleep(3 * POLL_INTERVAL)
     assert store.get_job(job.id).status is JobStatus.RUNNING
-    assert sum("cannot write the end" in r.getMessage() for r in caplog.records) == 1
+    assert complaints() == 1
     disk.is_full = False
     wait_until(lambda: store.get_job(job.id).status is JobStatus.FAILED)
     # Its place is free.
