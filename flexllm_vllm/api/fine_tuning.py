@@ -1,14 +1,15 @@
 """``/v1/fine_tuning/jobs``."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.event_stream import stream_events
 from flexllm_vllm.api.idempotency import IdempotencyKey
+from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.requests import JobCreateRequest
 from flexllm_vllm.api.responses import checkpoint_object, event_object, job_object, page
 from flexllm_vllm.api.schemas import (
@@ -38,7 +39,6 @@ _METADATA = {
         }
     ]
 }
-Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("", responses=answers(FineTuningJob))
