@@ -247,13 +247,16 @@ def config_from_args(args: argparse.Namespace) -> FinetuningConfig | None:
     return config
 
 
-def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -> None:
+def check_combination(
+    engine_args: Any, args: argparse.Namespace, device: str, rust_frontend: bool = False
+) -> None:
     """Refuses what finetuning cannot work with, naming it.
 
     Args:
         engine_args: vLLM's ``EngineArgs``, as the user's flags made them.
         args: the parsed flags.
         device: vLLM's platform, ``"cpu"`` or another.
+        rust_frontend: whether vLLM serves HTTP by its Rust program.
     """
     conflicts = {
         "--scheduler-cls": (
@@ -266,6 +269,10 @@ def check_combination(engine_args: Any, args: argparse.Namespace, device: str) -
         ),
         "--headless": (getattr(args, "headless", False), "it has no API server"),
         "--grpc": (getattr(args, "grpc", False), "the gRPC server has no finetuning API"),
+        "VLLM_USE_RUST_FRONTEND": (
+            rust_frontend,
+            "the Rust front-end has no routes in Python, and so no finetuning API",
+        ),
         "--pipeline-parallel-size": (
             engine_args.pipeline_parallel_size > 1,
             "training over several pipeline stages is not supported yet",
@@ -363,10 +370,13 @@ def install() -> None:
         config = config_from_args(args)
         if config is not None:
             import vllm
+            from vllm import envs
             from vllm.platforms import current_platform
 
             check_vllm_release(vllm.__version__)
-            check_combination(engine_args, args, current_platform.device_type)
+            check_combination(
+                engine_args, args, current_platform.device_type, envs.VLLM_USE_RUST_FRONTEND
+            )
             before = dict(vars(engine_args))
             apply_to_engine_args(engine_args, config)
             # With several API servers the flags are handed to processes that turn them into engine

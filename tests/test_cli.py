@@ -1,6 +1,7 @@
 """The flags, through vLLM's own parser."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
         (["--worker-cls", "my.Worker"], "--worker-cls"),
         (["--headless"], "--headless"),
+        (["--grpc"], "--grpc"),
         (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
          "--speculative-config"),
     ],
@@ -132,6 +134,35 @@ def test_what_cannot_work_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         engine_args(parser, "--enable-finetuning", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "named"),
+    [
+        (["--headless"], {}, "--headless: it has no API server"),
+        ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "VLLM_USE_RUST_FRONTEND: the Rust front-end"),
+        (["--api-server-count", "2"], {"VLLM_USE_RUST_FRONTEND": "1"}, "VLLM_USE_RUST_FRONTEND"),
+    ],
+)
+def test_servers_without_python_routes_end_at_their_start(
+    parser: FlexibleArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    environment: dict[str, str],
+    named: str,
+) -> None:
+    """``vllm serve`` itself, before it starts any process. That of gRPC needs a package
+    that vLLM does not install; it takes the same step first."""
+    from vllm.entrypoints.cli import serve
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_RUST_FRONTEND_PATH", "/bin/false")
+    monkeypatch.setattr(serve, "setup_server", lambda *_, **__: ("", None))
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)  # they would outlive the test
+    args = parser.parse_args(["--model", "m", "--port", "0", "--enable-finetuning", *flags])
+    with pytest.raises(ValueError, match=re.escape(named)):
+        serve.ServeSubcommand.cmd(args)
 
 
 def test_a_finetuning_flag_alone_is_refused(parser: FlexibleArgumentParser) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from flexllm_vllm.api.pages import Listed, Page, example, page_example
 from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.names import check_suffix
 from flexllm_vllm.jobs.types import (
@@ -53,19 +54,10 @@ _MERGE: dict[str, Any] = {
 }
 
 
-def _example(value: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [value]})
-
-
-def _page_example(value: dict[str, Any]) -> ConfigDict:
-    ids = {"first_id": value["id"], "last_id": value["id"]}
-    return _example({"object": "list", "data": [value], **ids, "has_more": False})
-
-
 class ModelObject(BaseModel):
     """``openai.types.Model``."""
 
-    model_config = _example(
+    model_config = example(
         {"id": _ADAPTER["id"], "object": "model", "created": 1767226300, "owned_by": "vllm"}
     )
 
@@ -78,20 +70,19 @@ class ModelObject(BaseModel):
 class ModelDeleted(BaseModel):
     """``openai.types.ModelDeleted``."""
 
-    model_config = _example({"id": _ADAPTER["id"], "object": "model", "deleted": True})
+    model_config = example({"id": _ADAPTER["id"], "object": "model", "deleted": True})
 
     id: str
     object: Literal["model"] = "model"
     deleted: Literal[True] = True
 
 
-class AdapterObject(BaseModel):
+class AdapterObject(Listed):
     """An adapter that can be named as a model. ``bytes`` is the size of its two files; where they
     cannot be read, what they say is null."""
 
-    model_config = _example(_ADAPTER)
+    model_config = example(_ADAPTER)
 
-    id: str
     object: Literal["finetuning.adapter"] = "finetuning.adapter"
     created_at: int
     source: AdapterSource
@@ -104,22 +95,16 @@ class AdapterObject(BaseModel):
     organization_id: str
 
 
-class AdapterPage(BaseModel):
+class AdapterPage(Page[AdapterObject]):
     """Adapters, newest first, and whether there are more after ``last_id``."""
 
-    model_config = _page_example(_ADAPTER)
-
-    object: Literal["list"] = "list"
-    data: list[AdapterObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    model_config = page_example(_ADAPTER)
 
 
 class AdapterDeleted(BaseModel):
     """An adapter that is no more."""
 
-    model_config = _example({"id": _ADAPTER["id"], "object": "finetuning.adapter", "deleted": True})
+    model_config = example({"id": _ADAPTER["id"], "object": "finetuning.adapter", "deleted": True})
 
     id: str
     object: Literal["finetuning.adapter"] = "finetuning.adapter"
@@ -194,12 +179,11 @@ class MergeErrorObject(BaseModel):
     message: str
 
 
-class MergeObject(BaseModel):
+class MergeObject(Listed):
     """A merge. ``adapter`` is the name of the new adapter, once it is served."""
 
-    model_config = _example(_MERGE)
+    model_config = example(_MERGE)
 
-    id: str
     object: Literal["finetuning.adapter.merge"] = "finetuning.adapter.merge"
     created_at: int
     finished_at: int | None
@@ -215,16 +199,10 @@ class MergeObject(BaseModel):
     organization_id: str
 
 
-class MergePage(BaseModel):
+class MergePage(Page[MergeObject]):
     """Merges, newest first, and whether there are more after ``last_id``."""
 
-    model_config = _page_example(_MERGE)
-
-    object: Literal["list"] = "list"
-    data: list[MergeObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    model_config = page_example(_MERGE)
 
 
 def merge_object(merge: AdapterMerge) -> MergeObject:

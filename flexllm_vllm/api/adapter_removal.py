@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from flexllm_vllm.api.background import in_background
 from flexllm_vllm.checkpoints import STATE_FILE
 from flexllm_vllm.jobs.adapter_folder import close_folder, remove_folder
 from flexllm_vllm.jobs.store import JobStore
@@ -70,13 +71,8 @@ class AdapterRemover:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Remove as long as the context lasts."""
-        task = asyncio.create_task(self._watch())
-        try:
+        async with in_background(self._watch()):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def _watch(self) -> None:
         leftovers = True

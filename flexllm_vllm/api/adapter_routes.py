@@ -4,9 +4,9 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from flexllm_vllm.api.adapter_objects import AdapterDeleted, AdapterObject, AdapterPage
@@ -15,6 +15,7 @@ from flexllm_vllm.api.adapter_service import AdapterService, adapter_object
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute
 from flexllm_vllm.api.multipart import announced_bytes, read_form
+from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.jobs.names import new_id
@@ -105,19 +106,13 @@ async def list_adapters(
     service: Adapters,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> AdapterPage:
     """Adapters of jobs, checkpoints, imports and merges, newest first."""
 
     def read() -> AdapterPage:
         adapters, has_more = service.store.adapters.page(after, limit, tenant.organization_id)
-        data = [adapter_object(adapter) for adapter in adapters]
-        return AdapterPage(
-            data=data,
-            first_id=data[0].id if data else None,
-            last_id=data[-1].id if data else None,
-            has_more=has_more,
-        )
+        return AdapterPage.of([adapter_object(adapter) for adapter in adapters], has_more)
 
     return await asyncio.to_thread(read)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -178,7 +179,8 @@ class FileService:
             TooManyQueuedJobsError, InsufficientStorageError.
         """
         self._store.check_queue(self._limits.max_queued_jobs)
-        self._disk.check(training_file.stat().st_size)  # its tokens take about as much
+        with suppress(FileNotFoundError):  # deleted meanwhile: said where it is read
+            self._disk.check(training_file.stat().st_size)  # its tokens take about as much
 
     def _check_examples(self, path: Path) -> None:
         try:

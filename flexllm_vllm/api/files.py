@@ -10,10 +10,11 @@ from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.multipart import announced_bytes, read_form
+from flexllm_vllm.api.opened_file import OpenedFileResponse
 from flexllm_vllm.api.responses import file_object, page
 from flexllm_vllm.api.schemas import ERRORS, FileDeleted, FileObject, FilePage, answers
 from flexllm_vllm.api.tenants import CurrentTenant
-from flexllm_vllm.api.upload_requests import FORM_FIELDS, file_request
+from flexllm_vllm.api.upload_requests import FORM_FIELDS, check_purpose, file_request
 from flexllm_vllm.api.workers import run_long
 
 router = APIRouter(
@@ -64,7 +65,7 @@ async def create_file(
     files, key = service.files, idempotency_key
     content = await asyncio.to_thread(files.begin_file, announced_bytes(request), tenant, key)
     try:
-        form = await read_form(request, "file", FORM_FIELDS, content.write)
+        form = await read_form(request, "file", FORM_FIELDS, content.write, check_purpose)
         wanted = file_request(form.filename, form.fields)
         return file_object(await run_long(files.create_file, content, wanted, tenant, key))
     finally:
@@ -99,8 +100,8 @@ async def get_file(file_id: str, service: Service, tenant: CurrentTenant) -> dic
 async def get_file_content(file_id: str, service: Service, tenant: CurrentTenant) -> FileResponse:
     """The file as it was uploaded."""
     file = await asyncio.to_thread(service.store.files.get, file_id, tenant.organization_id)
-    path = await asyncio.to_thread(service.store.files.path, file_id, tenant.organization_id)
-    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
+    content = await asyncio.to_thread(service.store.files.open, file_id, tenant.organization_id)
+    return OpenedFileResponse(content, file.filename)
 
 
 @router.delete("/{file_id}", responses=answers(FileDeleted))

@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.event_stream import stream_events
 from flexllm_vllm.api.idempotency import IdempotencyKey
+from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.requests import JobCreateRequest
 from flexllm_vllm.api.responses import checkpoint_object, event_object, job_object, page
 from flexllm_vllm.api.schemas import (
@@ -57,7 +58,6 @@ _METADATA = {
         }
     ]
 }
-Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("", responses=answers(FineTuningJob))

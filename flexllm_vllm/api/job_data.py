@@ -10,6 +10,7 @@ from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.preferences import tokenize_preferences
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport, tokenize_file
+from flexllm_vllm.jobs.errors import FileNotStoredError
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import Method, NewEvent
 
@@ -43,8 +44,8 @@ class JobData:
                 message = f"The purpose of file {file_id} is '{file.purpose}', not 'fine-tune'"
                 raise invalid(message, param, "invalid_file_purpose")
             return self.store.files.path(file_id, organization_id)
-        except LookupError as error:
-            raise ApiError(404, str(error), param, "file_not_found") from None
+        except FileNotStoredError as error:
+            raise file_not_found(error, param) from None
 
     def tokenize(
         self, source: Path, target: Path, method: Method, max_seq_length: int, param: str
@@ -52,7 +53,7 @@ class JobData:
         """Writes a data set.
 
         Raises:
-            ApiError: a line that is no example, named.
+            ApiError: a line that is no example, named; or the file was deleted since.
         """
         tokenize = tokenize_preferences if method == "dpo" else tokenize_file
         try:
@@ -60,8 +61,15 @@ class JobData:
                 dataset, report = tokenize(source, self._tokenizer, max_seq_length)
         except DataError as error:
             raise invalid(str(error), param, f"invalid_{param}") from None
+        except FileNotFoundError:
+            raise file_not_found(FileNotStoredError(source.name), param) from None
         dataset.save(target)
         return report
+
+
+def file_not_found(error: FileNotStoredError, param: str) -> ApiError:
+    """A file that a job names and that is not there, or not any more."""
+    return ApiError(404, str(error), param, "file_not_found")
 
 
 def report_events(

@@ -1,9 +1,8 @@
 """``/v1/finetuning/adapters/merge`` and ``merges``: new adapters from several."""
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
 from flexllm_vllm.api.adapter_objects import (
     MergeCreateRequest,
@@ -13,6 +12,7 @@ from flexllm_vllm.api.adapter_objects import (
 )
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 
@@ -35,18 +35,13 @@ async def list_merges(
     service: Adapters,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> MergePage:
     """Merges, newest first."""
     merges, has_more = await asyncio.to_thread(
         service.store.merges.page, after, limit, tenant.organization_id
     )
-    return MergePage(
-        data=[merge_object(merge) for merge in merges],
-        first_id=merges[0].id if merges else None,
-        last_id=merges[-1].id if merges else None,
-        has_more=has_more,
-    )
+    return MergePage.of([merge_object(merge) for merge in merges], has_more)
 
 
 @router.get("/merges/{merge_id}")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,7 @@ from flexllm_vllm.adapter_files.check import check_adapter
 from flexllm_vllm.adapter_files.durable import publish
 from flexllm_vllm.adapter_files.errors import AdapterFileError
 from flexllm_vllm.adapter_files.merge_job import MergeJob
+from flexllm_vllm.api.background import in_background
 from flexllm_vllm.api.child_process import child_environment
 from flexllm_vllm.jobs.merges import LEASE_S
 from flexllm_vllm.jobs.store import JobStore
@@ -70,13 +71,8 @@ class Merger:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Merge as long as the context lasts."""
-        task = asyncio.create_task(self._watch())
-        try:
+        async with in_background(self._watch()):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def _watch(self) -> None:
         while True:

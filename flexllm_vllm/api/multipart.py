@@ -4,7 +4,7 @@ Starlette's ``request.form()`` would spool the whole file into the temporary fol
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -35,7 +35,11 @@ def announced_bytes(request: Request) -> int:
 
 
 async def read_form(
-    request: Request, file_field: str, names: Collection[str], write: Callable[[memoryview], None]
+    request: Request,
+    file_field: str,
+    names: Collection[str],
+    write: Callable[[memoryview], None],
+    check: Callable[[Mapping[str, str]], object] = len,
 ) -> Form:
     """Read a form of one file and the fields ``names``, any of which may be missing.
 
@@ -43,6 +47,8 @@ async def read_form(
         file_field: name of the field that is the file.
         write: takes the file's content piece by piece, in a worker thread. What it raises ends
             the reading.
+        check: is shown the fields after each one, likewise: it may refuse a field that comes
+            before the file without reading that.
 
     Raises:
         ApiError: the body is no such form.
@@ -50,10 +56,10 @@ async def read_form(
     boundary = _boundary(request)
     batch = bytearray()
     try:
-        parser = _FormParser(boundary, file_field, names, write)
+        parser = _FormParser(boundary, file_field, names, write, check)
         async for chunk in request.stream():
             batch += chunk
-            if len(batch) >= _BATCH_BYTES:
+            if len(batch) >= _BATCH_BYTES or not parser.is_within_file:
                 await asyncio.to_thread(parser.feed, bytes(batch))
                 batch.clear()
         await asyncio.to_thread(parser.feed, bytes(batch))
@@ -80,7 +86,9 @@ class _FormParser:
         file_field: str,
         names: Collection[str],
         write: Callable[[memoryview], None],
+        check: Callable[[Mapping[str, str]], object],
     ) -> None:
+        self._check = check
         self._file_field = file_field
         self._names = names
         self._write = write
@@ -107,6 +115,11 @@ class _FormParser:
             },
         )
 
+    @property
+    def is_within_file(self) -> bool:
+        """Whether the part that is being read is the file."""
+        return self._is_file
+
     def feed(self, data: bytes) -> None:
         """The next bytes of the body."""
         self._parser.write(data)
@@ -126,6 +139,7 @@ class _FormParser:
 
     def _begin(self) -> None:
         self._headers = {}
+        self._is_file = False
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._header[0].extend(data[start:end])
@@ -167,6 +181,7 @@ class _FormParser:
     def _end(self) -> None:
         if not self._is_file:
             self._fields[self._name] = self._value.decode(errors="replace")
+            self._check(self._fields)
 
     def _finish(self) -> None:
         self._ended = True

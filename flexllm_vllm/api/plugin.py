@@ -183,7 +183,8 @@ def _metrics_of(
 
 def _paths_of(adapters: ServedAdapters) -> Any:
     def find(name: str) -> str | None:
-        return adapters[name].lora_path if name in adapters else None
+        lora = adapters.get(name)  # one look: it may be deleted between two
+        return None if lora is None else str(lora.lora_path)
 
     return find
 

@@ -6,7 +6,9 @@ may come at any time, as at OpenAI.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from flexllm_vllm.api.pages import Listed, Page, example, page_example
 
 _FILE: dict[str, Any] = {
     "id": "file-b3TqXkA9fQmZ1LxV7cRdW2sN",
@@ -72,22 +74,6 @@ _CHECKPOINT: dict[str, Any] = {
 }
 
 
-def _example(value: dict[str, Any]) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [value]})
-
-
-def _page_of(value: dict[str, Any]) -> ConfigDict:
-    ids = {"first_id": value["id"], "last_id": value["id"]}
-    return _example({"object": "list", "data": [value], **ids, "has_more": False})
-
-
-class _Page(BaseModel):
-    object: Literal["list"]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class OpenAIErrorDetail(BaseModel):
     """``type`` is OpenAI's class of errors; ``param`` a path into the request."""
 
@@ -103,12 +89,11 @@ class OpenAIError(BaseModel):
     error: OpenAIErrorDetail
 
 
-class FileObject(BaseModel):
+class FileObject(Listed):
     """An uploaded file. Times are Unix seconds."""
 
-    model_config = _example(_FILE)
+    model_config = example(_FILE)
 
-    id: str
     object: Literal["file"]
     bytes: int
     created_at: int
@@ -119,18 +104,16 @@ class FileObject(BaseModel):
     status_details: str | None
 
 
-class FilePage(_Page):
+class FilePage(Page[FileObject]):
     """Files, and whether there are more after ``last_id``."""
 
-    model_config = _page_of(_FILE)
-
-    data: list[FileObject]
+    model_config = page_example(_FILE)
 
 
 class FileDeleted(BaseModel):
     """A file that is no more."""
 
-    model_config = _example({"id": _FILE["id"], "object": "file", "deleted": True})
+    model_config = example({"id": _FILE["id"], "object": "file", "deleted": True})
 
     id: str
     object: Literal["file"]
@@ -159,13 +142,12 @@ class FineTuningMethod(BaseModel):
     type: str
 
 
-class FineTuningJob(BaseModel):
+class FineTuningJob(Listed):
     """A job. Times are Unix seconds; ``fine_tuned_model`` and ``trained_tokens`` come with its
     end."""
 
-    model_config = _example(_JOB)
+    model_config = example(_JOB)
 
-    id: str
     object: Literal["fine_tuning.job"]
     created_at: int
     error: FineTuningJobError | None
@@ -189,20 +171,17 @@ class FineTuningJob(BaseModel):
     validation_file: str | None
 
 
-class FineTuningJobPage(_Page):
+class FineTuningJobPage(Page[FineTuningJob]):
     """Jobs, and whether there are more after ``last_id``."""
 
-    model_config = _page_of(_JOB)
-
-    data: list[FineTuningJob]
+    model_config = page_example(_JOB)
 
 
-class FineTuningJobEvent(BaseModel):
+class FineTuningJobEvent(Listed):
     """A message, or the metrics of an optimizer step."""
 
-    model_config = _example(_EVENT)
+    model_config = example(_EVENT)
 
-    id: str
     object: Literal["fine_tuning.job.event"]
     created_at: int
     level: Literal["info", "warn", "error"]
@@ -211,20 +190,17 @@ class FineTuningJobEvent(BaseModel):
     data: dict[str, Any] | None
 
 
-class FineTuningJobEventPage(_Page):
+class FineTuningJobEventPage(Page[FineTuningJobEvent]):
     """Events, and whether there are more after ``last_id``."""
 
-    model_config = _page_of(_EVENT)
-
-    data: list[FineTuningJobEvent]
+    model_config = page_example(_EVENT)
 
 
-class FineTuningJobCheckpoint(BaseModel):
+class FineTuningJobCheckpoint(Listed):
     """A checkpoint that can be named as a model."""
 
-    model_config = _example(_CHECKPOINT)
+    model_config = example(_CHECKPOINT)
 
-    id: str
     object: Literal["fine_tuning.job.checkpoint"]
     created_at: int
     fine_tuned_model_checkpoint: str
@@ -233,12 +209,10 @@ class FineTuningJobCheckpoint(BaseModel):
     step_number: int
 
 
-class FineTuningJobCheckpointPage(_Page):
+class FineTuningJobCheckpointPage(Page[FineTuningJobCheckpoint]):
     """Checkpoints, and whether there are more after ``last_id``."""
 
-    model_config = _page_of(_CHECKPOINT)
-
-    data: list[FineTuningJobCheckpoint]
+    model_config = page_example(_CHECKPOINT)
 
 
 class FineTuneEvent(BaseModel):

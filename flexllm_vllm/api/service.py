@@ -12,7 +12,7 @@ from flexllm_vllm.api.file_service import FileService
 from flexllm_vllm.api.hyperparameters import requested, resolve_training
 from flexllm_vllm.api.idempotency import create_once
 from flexllm_vllm.api.integrations import integration_objects
-from flexllm_vllm.api.job_data import JobData, report_events
+from flexllm_vllm.api.job_data import JobData, file_not_found, report_events
 from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.lora import resolve_lora
 from flexllm_vllm.api.requests import (
@@ -28,6 +28,7 @@ from flexllm_vllm.api.tracker_access import TrackerAccess
 from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.order import num_steps
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport
+from flexllm_vllm.jobs.errors import FileNotStoredError
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name
 from flexllm_vllm.jobs.store import JobStore
@@ -177,6 +178,11 @@ class FinetuningService:
                 claim,
                 max_queued=self.limits.max_queued_jobs,
             )
+        except FileNotStoredError as error:  # deleted while it was tokenized
+            self.store.discard_new_job(job_id)
+            is_training = error.file_id == request.training_file
+            param = "training_file" if is_training else "validation_file"
+            raise file_not_found(error, param) from None
         except BaseException:
             self.store.discard_new_job(job_id)
             raise

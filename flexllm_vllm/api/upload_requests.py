@@ -101,6 +101,17 @@ def file_request(filename: str, fields: Mapping[str, str]) -> FileCreateRequest:
         ) from None
 
 
+def check_purpose(fields: Mapping[str, str]) -> None:
+    """Refuse the purpose of a form as soon as it is there, which with the stock client is before
+    the file.
+
+    Raises:
+        RequestValidationError: see :func:`file_request`.
+    """
+    if "purpose" in fields:
+        file_request("unnamed", {"purpose": fields["purpose"]})
+
+
 def _of_form(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The file's name is no field of the form: it comes with the file."""
     return ("file", "filename") if location == ("filename",) else location

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from flexllm_vllm.api.pages import Listed, Page
 from flexllm_vllm.api.public_network import MAX_URL_LENGTH
 from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.types import WebhookEndpoint
@@ -62,10 +63,9 @@ class WebhookTestRequest(RequestBody):
     event_type: EventType
 
 
-class WebhookEndpointObject(BaseModel):
+class WebhookEndpointObject(Listed):
     """``openai.types.webhooks.WebhookEndpoint``."""
 
-    id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
     created_at: int
     updated_at: int
@@ -81,14 +81,8 @@ class WebhookEndpointWithSecret(WebhookEndpointObject):
     signing_secret: str = Field(repr=False)
 
 
-class WebhookEndpointList(BaseModel):
+class WebhookEndpointList(Page[WebhookEndpointObject]):
     """``openai.types.webhooks.WebhookEndpointList``."""
-
-    object: Literal["list"] = "list"
-    data: list[WebhookEndpointObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class DeletedWebhookEndpoint(BaseModel):

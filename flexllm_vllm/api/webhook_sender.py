@@ -15,6 +15,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
+from flexllm_vllm.api.background import in_background
 from flexllm_vllm.api.public_network import (
     AddressError,
     PublicTransport,
@@ -123,13 +124,10 @@ class WebhookSender:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Deliver as long as the context lasts. It can be entered once."""
-        watching = asyncio.create_task(self._watch())
         try:
-            yield
+            async with in_background(self._watch()):
+                yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
             await self._end_attempts()
             await self._client.aclose()
 

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
+from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.public_network import AddressError
 from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
@@ -81,18 +82,13 @@ async def list_webhook_endpoints(
     service: Service,
     tenant: CurrentTenant,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
 ) -> WebhookEndpointList:
     """Webhook endpoints, newest first."""
     endpoints, has_more = await asyncio.to_thread(
         service.store.webhooks.page, after, limit, tenant.organization_id
     )
-    return WebhookEndpointList(
-        data=[endpoint_object(endpoint) for endpoint in endpoints],
-        first_id=endpoints[0].id if endpoints else None,
-        last_id=endpoints[-1].id if endpoints else None,
-        has_more=has_more,
-    )
+    return WebhookEndpointList.of([endpoint_object(e) for e in endpoints], has_more)
 
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")

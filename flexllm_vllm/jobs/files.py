@@ -135,6 +135,17 @@ class FileStore:
             raise FileNotStoredError(file_id)
         return path
 
+    def open(self, file_id: str, organization_id: str | None = None) -> BinaryIO:
+        """The content, which stays readable whatever becomes of the file.
+
+        Raises:
+            FileNotStoredError: no such file, or its content is gone from the disk.
+        """
+        try:
+            return self.path(file_id, organization_id).open("rb")
+        except FileNotFoundError:
+            raise FileNotStoredError(file_id) from None
+
     def page(
         self,
         after: str | None = None,

@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import openai
 import pytest
 import uvicorn
+from engine_stand_in import Engine
 from fastapi import FastAPI
 from peft_adapters import TINY_LLAMA
 from vllm.entrypoints.openai.models.api_router import router as models_router
@@ -58,35 +58,10 @@ class Server:
     service: FinetuningService
     store: JobStore
     adapters: AdapterService
-    engine: "Engine"
+    engine: Engine
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-@dataclass
-class Engine:
-    """What the adapters' routes ask of an engine, and what they have told it.
-
-    Attributes:
-        in_use: ids of adapters that requests need.
-        unloaded: ids of adapters that it was told to forget.
-    """
-
-    model_config: Any = field(
-        default_factory=lambda: SimpleNamespace(max_model_len=512, model="path/to/demo")
-    )
-    renderer: Any = None
-    input_processor: Any = None
-    in_use: set[int] = field(default_factory=set)
-    unloaded: list[int] = field(default_factory=list)
-
-    async def adapters_in_use(self) -> list[set[int]]:
-        return [set(self.in_use)]
-
-    async def remove_lora(self, int_id: int) -> bool:
-        self.unloaded.append(int_id)
-        return True
 
 
 def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterService:

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from engine_stand_in import Engine
 from fastapi import FastAPI
 from sqlalchemy import select
-from transformers import LlamaConfig
 from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -28,7 +28,6 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 
 from flexllm_vllm.api.plugin import FinetuningEndpointPlugin
-from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec, schema
 
 LINE = json.dumps(
@@ -39,37 +38,6 @@ LINE = json.dumps(
         ]
     }
 ).encode()
-
-
-class Engine:
-    """What the plugin and vLLM's model registry ask of an engine client."""
-
-    def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.model_config = SimpleNamespace(
-            max_model_len=512,
-            model="path/to/demo",
-            hf_text_config=LlamaConfig(num_hidden_layers=30),
-        )
-        config = FinetuningConfig(dir=root, activation_cache_tokens=128)
-        self.vllm_config = SimpleNamespace(
-            model_config=self.model_config, additional_config={KEY: config.to_dict()}
-        )
-        self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
-        self.input_processor = None
-        self.engine_core = self
-        self.unloaded: list[int] = []
-
-    async def call_utility_async(self, method: str, last: int) -> list[dict[str, int]]:
-        assert method == "finetuning_iterations"
-        return [{"decode_tokens": last}]
-
-    async def call_utility_all_async(self, method: str) -> list[list[int]]:
-        assert method == "finetuning_adapters_in_use"
-        return [[]]
-
-    async def remove_lora(self, int_id: int) -> bool:
-        self.unloaded.append(int_id)
-        return True
 
 
 def api_server(root: Path, tokenizer: Any = None) -> FastAPI:

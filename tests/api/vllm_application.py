@@ -4,11 +4,10 @@ generation of text are stand-ins."""
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from engine_stand_in import Engine
 from fastapi import FastAPI
-from transformers import LlamaConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -16,28 +15,9 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.plugin import register
 
 TASKS = ("generate", "embed", "classify", "score")
-
-
-class Engine:
-    """What the plugin and vLLM's model registry ask of an engine client."""
-
-    def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.model_config = SimpleNamespace(
-            max_model_len=512,
-            model="path/to/demo",
-            hf_text_config=LlamaConfig(num_hidden_layers=30),
-        )
-        config = FinetuningConfig(dir=root, activation_cache_tokens=128)
-        self.vllm_config = SimpleNamespace(
-            model_config=self.model_config, additional_config={KEY: config.to_dict()}
-        )
-        self.renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
-        self.input_processor = None
-        self.log_stats = False
 
 
 class Chat:
@@ -71,7 +51,7 @@ def vllm_application(root: Path, flags: Sequence[str], tokenizer: Any = None) ->
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(["--model", "demo", "--enable-finetuning", *flags])
     app = launcher.build_app(args, TASKS)
-    engine: Any = Engine(root, tokenizer)
+    engine: Any = Engine(root, tokenizer, log_stats=False)
     models = OpenAIServingModels(engine, [BaseModelPath(name="demo", model_path="path/to/demo")])
     models.lora_requests["static"] = LoRARequest("static", 1, "x")
     app.state.openai_serving_models = models
