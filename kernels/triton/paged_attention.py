@@ -16,6 +16,38 @@ QUERIES, KEYS = 32, 32
 
 
 @triton.jit
+def load_keys(
+    cache, blocks, keys, known, width, inside, head_size, block_size, cache_block, cache_token
+):
+    """K and V ``[KEYS, WIDTH]`` of these positions, through the block table."""
+    block = tl.load(blocks + keys // block_size, mask=known, other=0).to(tl.int64)
+    token = cache + block * cache_block + (keys % block_size) * cache_token
+    tile = known[:, None] & inside
+    k = tl.load(token[:, None] + width, mask=tile, other=0.0)
+    v = tl.load(token[:, None] + head_size + width, mask=tile, other=0.0)
+    return k, v
+
+
+@triton.jit
+def masked_scores(
+    q, k, position, keys, seen, window, scale, soft_cap, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile, minus infinity where a query does not see a key, and their slope by the
+    product of query and key."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    slope = tl.full(scores.shape, 1.0, tl.float32) * scale
+    if CAPPED:
+        bent = 2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0  # tanh
+        scores = soft_cap * bent
+        slope *= 1.0 - bent * bent
+    seen = seen & (keys <= position[:, None])
+    if WINDOWED:
+        seen = seen & (position[:, None] - keys < window)
+    return tl.where(seen, scores, float("-inf")), slope
+
+
+@triton.jit
 def dq_kernel(
     query, d_out, cache, blocks, dq, row_norm, row_delta,
     num_queries, num_heads, group, start, window, scale, soft_cap, head_size, block_size,
@@ -49,18 +81,10 @@ def dq_kernel(
     for key_start in range(begin, end, KEYS):
         keys = key_start + tl.arange(0, KEYS)
         known = keys < end
-        block = tl.load(blocks + keys // block_size, mask=known, other=0).to(tl.int64)
-        token = cache + block * cache_block + (keys % block_size) * cache_token
-        tile_kv = known[:, None] & inside
-        k = tl.load(token[:, None] + width, mask=tile_kv, other=0.0)
-        v = tl.load(token[:, None] + head_size + width, mask=tile_kv, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if CAPPED:
-            scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
-        seen = known & (keys <= position[:, None])
-        if WINDOWED:
-            seen = seen & (position[:, None] - keys < window)
-        scores = tl.where(seen, scores, float("-inf"))
+        k, v = load_keys(cache, blocks, keys, known, width, inside, head_size, block_size,
+                         cache_block, cache_token)  # fmt: skip
+        scores, _ = masked_scores(q, k, position, keys, known, window, scale, soft_cap, WINDOWED,
+                                  CAPPED)  # fmt: skip
         new = tl.maximum(largest, tl.max(scores, 1))
         # A row that has not seen a key yet: nothing minus nothing.
         shift = tl.where(new == float("-inf"), 0.0, new)
@@ -78,30 +102,20 @@ def dq_kernel(
     if FORWARD:
         tl.store(dq + at, result / total[:, None], mask=tile)
     else:
-        norm = largest + tl.log(total)
+        norm = tl.where(valid, largest + tl.log(total), 0.0)
         delta = weighted / total
         tl.store(row_norm + head * num_queries + rows, norm, mask=valid)
         tl.store(row_delta + head * num_queries + rows, delta, mask=valid)
         for key_start in range(begin, end, KEYS):
             keys = key_start + tl.arange(0, KEYS)
             known = keys < end
-            block = tl.load(blocks + keys // block_size, mask=known, other=0).to(tl.int64)
-            token = cache + block * cache_block + (keys % block_size) * cache_token
-            tile_kv = known[:, None] & inside
-            k = tl.load(token[:, None] + width, mask=tile_kv, other=0.0)
-            v = tl.load(token[:, None] + head_size + width, mask=tile_kv, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            slope = tl.full((QUERIES, KEYS), 1.0, tl.float32)
-            if CAPPED:
-                bent = 2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0
-                scores = soft_cap * bent
-                slope = 1.0 - bent * bent
-            seen = known & (keys <= position[:, None]) & valid[:, None]
-            if WINDOWED:
-                seen = seen & (position[:, None] - keys < window)
-            p = tl.where(seen, tl.exp(scores - norm[:, None]), 0.0)
+            k, v = load_keys(cache, blocks, keys, known, width, inside, head_size, block_size,
+                             cache_block, cache_token)  # fmt: skip
+            scores, slope = masked_scores(q, k, position, keys, known & valid[:, None], window,
+                                          scale, soft_cap, WINDOWED, CAPPED)  # fmt: skip
+            p = tl.exp(scores - norm[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = p * (dp - delta[:, None]) * slope * scale
+            ds = p * (dp - delta[:, None]) * slope
             result = tl.dot(ds.to(k.dtype), k, result, input_precision="ieee")
         tl.store(dq + at, result, mask=tile)
 
@@ -122,11 +136,9 @@ def dkv_kernel(
     width = tl.arange(0, WIDTH)
     inside = width < head_size
     cache += kv_head.to(tl.int64) * cache_head
-    block = tl.load(blocks + keys // block_size, mask=known, other=0).to(tl.int64)
-    token = cache + block * cache_block + (keys % block_size) * cache_token
+    k, v = load_keys(cache, blocks, keys, known, width, inside, head_size, block_size, cache_block,
+                     cache_token)  # fmt: skip
     tile_kv = known[:, None] & inside
-    k = tl.load(token[:, None] + width, mask=tile_kv, other=0.0)
-    v = tl.load(token[:, None] + head_size + width, mask=tile_kv, other=0.0)
     dk_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     dv_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     # Queries before the first key do not see it; those a window later neither.
@@ -146,19 +158,12 @@ def dkv_kernel(
             do = tl.load(d_out + at, mask=tile, other=0.0)
             norm = tl.load(row_norm + head * num_queries + rows, mask=valid, other=0.0)
             delta = tl.load(row_delta + head * num_queries + rows, mask=valid, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            slope = tl.full((QUERIES, KEYS), 1.0, tl.float32)
-            if CAPPED:
-                bent = 2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0
-                scores = soft_cap * bent
-                slope = 1.0 - bent * bent
-            seen = known & (keys <= position[:, None]) & valid[:, None]
-            if WINDOWED:
-                seen = seen & (position[:, None] - keys < window)
-            p = tl.where(seen, tl.exp(scores - norm[:, None]), 0.0)
+            scores, slope = masked_scores(q, k, position, keys, known & valid[:, None], window,
+                                          scale, soft_cap, WINDOWED, CAPPED)  # fmt: skip
+            p = tl.exp(scores - norm[:, None])
             dv_sum = tl.dot(tl.trans(p.to(do.dtype)), do, dv_sum, input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = (p * (dp - delta[:, None]) * slope * scale).to(q.dtype)
+            ds = (p * (dp - delta[:, None]) * slope).to(q.dtype)
             dk_sum = tl.dot(tl.trans(ds), q, dk_sum, input_precision="ieee")
     target = kv_head.to(tl.int64) * dk_head + keys.to(tl.int64)[:, None] * head_size + width
     dk_sum += tl.load(dk + target, mask=tile_kv, other=0.0)

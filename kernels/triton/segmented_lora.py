@@ -12,6 +12,13 @@ ROWS, COLUMNS = 32, 64
 
 
 @triton.jit
+def segment_rows(starts, segment, block, ROWS: tl.constexpr):
+    """Rows of a block of a segment, and which of them belong to it."""
+    row = tl.load(starts + segment) + block * ROWS + tl.arange(0, ROWS)
+    return row.to(tl.int64), row < tl.load(starts + segment + 1)
+
+
+@triton.jit
 def shrink_kernel(
     x, matrix, out, starts, slots, scaling, width, rank, matrix_slot, matrix_column, matrix_rank,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
@@ -19,9 +26,7 @@ def shrink_kernel(
     """``out[rows] = scaling x[rows] M[slot]``, M ``[width, rank]`` by its strides."""
     segment = tl.program_id(0)
     slot = tl.load(slots + segment).to(tl.int64)
-    row = tl.load(starts + segment) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = row < tl.load(starts + segment + 1)
-    row = row.to(tl.int64)
+    row, valid = segment_rows(starts, segment, tl.program_id(1), ROWS)
     ranks = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
     for first in range(0, width, COLUMNS):
@@ -75,9 +80,7 @@ def expand_kernel(
     """``dx[rows] += g[rows] A[slot]``."""
     segment = tl.program_id(0)
     slot = tl.load(slots + segment).to(tl.int64)
-    row = tl.load(starts + segment) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = row < tl.load(starts + segment + 1)
-    row = row.to(tl.int64)
+    row, valid = segment_rows(starts, segment, tl.program_id(1), ROWS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     ranks = tl.arange(0, RANK)

@@ -205,7 +205,7 @@ def test_preferences_have_the_gradients_of_trl(engine: Engine) -> None:
 
 
 def test_trl_counts_the_line_break_behind_an_answer(engine: Engine) -> None:
-    """The same tokens, and one more with loss; docs/data-formats.md says so."""
+    """The same tokens, and one more with loss; docs/finetuning.md says so."""
     init = random_adapter(engine.model, engine.folder / "trl-init")
     batch, examples = with_trl(engine, init, CHATML)
     newline = toy_tokenizer().encode("\n")
