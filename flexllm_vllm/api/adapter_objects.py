@@ -6,15 +6,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from flexllm_vllm.api.pages import Listed, Page, example, page_example
 from flexllm_vllm.api.request_body import RequestBody
-from flexllm_vllm.jobs.names import check_suffix
-from flexllm_vllm.jobs.types import (
+from flexllm_vllm.jobs.adapter_types import (
     AdapterMerge,
     AdapterSource,
-    JobError,
     MergeMethod,
     MergeSpec,
     WeightedAdapter,
 )
+from flexllm_vllm.jobs.names import check_suffix
+from flexllm_vllm.jobs.types import JobError
 
 MAX_MERGED = 16
 # Methods that leave a part of the values out, and those that choose the rank of the result.

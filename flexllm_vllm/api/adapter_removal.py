@@ -23,8 +23,8 @@ from pathlib import Path
 from flexllm_vllm.api.background import in_background
 from flexllm_vllm.checkpoints import STATE_FILE
 from flexllm_vllm.jobs.adapter_folder import close_folder, remove_folder
+from flexllm_vllm.jobs.adapter_types import DeletedAdapter
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import DeletedAdapter
 from flexllm_vllm.log import get_logger
 
 logger = get_logger(__name__)

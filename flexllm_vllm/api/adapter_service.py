@@ -19,10 +19,10 @@ from flexllm_vllm.api.adapter_removal import AdapterRemover
 from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.tenants import Tenant
+from flexllm_vllm.jobs.adapter_types import AdapterMerge, ServedAdapter
 from flexllm_vllm.jobs.errors import AdapterNotFoundError
 from flexllm_vllm.jobs.names import adapter_name, check_suffix, new_id
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import AdapterMerge, ServedAdapter
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # Room of an archive for what is not read in it: a README, a tokenizer, an optimizer's state.

@@ -17,8 +17,8 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from flexllm_vllm.api.tenants import current_organization
+from flexllm_vllm.jobs.adapter_types import ServedAdapter
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import ServedAdapter
 
 PREFIX = "ft:"
 _STARTED = int(time.time())

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import Tenant
-from flexllm_vllm.jobs.types import JobEvent
+from flexllm_vllm.jobs.event_types import JobEvent
 
 # A comment is sent after so long without an event: proxies close connections that are silent.
 HEARTBEAT_S = 15.0

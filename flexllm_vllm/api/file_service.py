@@ -19,9 +19,9 @@ from flexllm_vllm.api.upload_requests import (
 from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.records import check_file
 from flexllm_vllm.jobs.disk import DiskSpace
+from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadPart
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim, complete_claim
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import StoredFile, Upload, UploadPart
 
 
 class FileService:

@@ -22,7 +22,9 @@ from flexllm_vllm.api.schemas import (
 from flexllm_vllm.api.service import FinetuningService
 from flexllm_vllm.api.tenants import CurrentTenant, Tenant
 from flexllm_vllm.jobs.errors import FileNotStoredError
-from flexllm_vllm.jobs.types import FinetuningJob, JobEvent, StoredFile
+from flexllm_vllm.jobs.event_types import JobEvent
+from flexllm_vllm.jobs.file_types import StoredFile
+from flexllm_vllm.jobs.types import FinetuningJob
 
 router = APIRouter(
     prefix="/v1/fine_tunes", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS

@@ -11,8 +11,9 @@ from flexllm_vllm.data.errors import DataError
 from flexllm_vllm.data.preferences import tokenize_preferences
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport, tokenize_file
 from flexllm_vllm.jobs.errors import FileNotStoredError
+from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import Method, NewEvent
+from flexllm_vllm.jobs.types import Method
 
 
 @dataclass

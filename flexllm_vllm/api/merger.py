@@ -22,9 +22,9 @@ from flexllm_vllm.adapter_files.errors import AdapterFileError
 from flexllm_vllm.adapter_files.merge_job import MergeJob
 from flexllm_vllm.api.background import in_background
 from flexllm_vllm.api.child_process import child_environment
+from flexllm_vllm.jobs.adapter_types import AdapterMerge
 from flexllm_vllm.jobs.merges import LEASE_S
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import AdapterMerge
 from flexllm_vllm.log import get_logger
 
 logger = get_logger(__name__)

@@ -3,15 +3,9 @@
 import time
 from typing import Any
 
-from flexllm_vllm.jobs.types import (
-    Checkpoint,
-    FinetuningJob,
-    JobEvent,
-    JobStatus,
-    StoredFile,
-    Upload,
-    UploadPart,
-)
+from flexllm_vllm.jobs.event_types import JobEvent
+from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadPart
+from flexllm_vllm.jobs.types import Checkpoint, FinetuningJob, JobStatus
 
 OPENAI_NAMES = ("n_epochs", "batch_size", "learning_rate_multiplier")
 

@@ -29,6 +29,7 @@ from flexllm_vllm.api.watch import StoreWatch
 from flexllm_vllm.data.order import num_steps
 from flexllm_vllm.data.tokenize import ExampleTokenizer, TokenizationReport
 from flexllm_vllm.jobs.errors import FileNotStoredError
+from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name
 from flexllm_vllm.jobs.store import JobStore
@@ -38,7 +39,6 @@ from flexllm_vllm.jobs.types import (
     VALIDATION_FILE,
     FinetuningJob,
     Method,
-    NewEvent,
     NewJob,
     TrainingSpec,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from flexllm_vllm.api.child_process import child_environment
 from flexllm_vllm.api.errors import invalid
 from flexllm_vllm.api.integrations import Integration
-from flexllm_vllm.jobs.types import TrackerKind, TrackerSpec
+from flexllm_vllm.jobs.tracker_types import TrackerKind, TrackerSpec
 
 # W&B's project and MLflow's experiment of jobs that have named none (--finetuning-report-to).
 _DEFAULT_PROJECT = "flexllm-vllm"

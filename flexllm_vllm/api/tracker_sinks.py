@@ -7,7 +7,8 @@ from typing import Protocol
 
 from flexllm_vllm.api.tracker_access import TrackerAccess
 from flexllm_vllm.api.tracker_process import ProcessSink
-from flexllm_vllm.jobs.types import FinetuningJob, JobTracker
+from flexllm_vllm.jobs.tracker_types import JobTracker
+from flexllm_vllm.jobs.types import FinetuningJob
 from flexllm_vllm.trackers.points import MetricPoint
 from flexllm_vllm.trackers.run import RunDescription
 from flexllm_vllm.trackers.tensorboard import TensorBoardFiles

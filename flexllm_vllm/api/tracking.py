@@ -13,9 +13,10 @@ from contextlib import asynccontextmanager
 
 from flexllm_vllm.api.tracker_access import TrackerAccess
 from flexllm_vllm.api.tracker_sinks import OpenSink, Sink, sink_opener
+from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.store import JobStore
+from flexllm_vllm.jobs.tracker_types import JobTracker
 from flexllm_vllm.jobs.trackers import LEASE_S
-from flexllm_vllm.jobs.types import JobTracker, NewEvent
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.trackers.errors import TrackerError
 from flexllm_vllm.trackers.points import MetricPoint, metric_point

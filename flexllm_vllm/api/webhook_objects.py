@@ -7,8 +7,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from flexllm_vllm.api.pages import Listed, Page
 from flexllm_vllm.api.public_network import MAX_URL_LENGTH
 from flexllm_vllm.api.request_body import RequestBody
-from flexllm_vllm.jobs.types import WebhookEndpoint
 from flexllm_vllm.jobs.webhook_deliveries import EVENT_TYPES
+from flexllm_vllm.jobs.webhook_types import WebhookEndpoint
 
 # The end of a secret that is shown, for a user to tell one from another.
 _HINT_LENGTH = 4

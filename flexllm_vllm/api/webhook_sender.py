@@ -24,8 +24,8 @@ from flexllm_vllm.api.public_network import (
     parse_url,
 )
 from flexllm_vllm.jobs.store import JobStore
-from flexllm_vllm.jobs.types import WebhookDelivery, WebhookEndpoint
 from flexllm_vllm.jobs.webhook_deliveries import event_text, new_webhook_id, webhook_event
+from flexllm_vllm.jobs.webhook_types import WebhookDelivery, WebhookEndpoint
 from flexllm_vllm.log import get_logger
 
 logger = get_logger(__name__)

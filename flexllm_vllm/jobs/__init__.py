@@ -1,5 +1,12 @@
 """What a finetuning job is, and the store that the API and the engine share."""
 
+from flexllm_vllm.jobs.adapter_types import (
+    AdapterMerge,
+    MergeSpec,
+    MergeStatus,
+    ServedAdapter,
+    WeightedAdapter,
+)
 from flexllm_vllm.jobs.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
@@ -21,31 +28,21 @@ from flexllm_vllm.jobs.errors import (
     WebhookEndpointNotFoundError,
     WebhookLimitError,
 )
+from flexllm_vllm.jobs.event_types import JobEvent, NewEvent
+from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadPart, UploadStatus
 from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
     TARGET_MODULES,
-    AdapterMerge,
     Checkpoint,
     FinetuningJob,
     JobError,
-    JobEvent,
     JobStatus,
     LoraSpec,
-    MergeSpec,
-    MergeStatus,
-    NewEvent,
     NewJob,
-    ServedAdapter,
-    StoredFile,
     TrainingSpec,
-    Upload,
-    UploadPart,
-    UploadStatus,
-    WebhookDelivery,
-    WebhookEndpoint,
-    WeightedAdapter,
 )
+from flexllm_vllm.jobs.webhook_types import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "TARGET_MODULES",

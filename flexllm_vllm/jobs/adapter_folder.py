@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from flexllm_vllm.jobs.types import FIRST_SERVED_INT_ID
+from flexllm_vllm.jobs.adapter_types import FIRST_SERVED_INT_ID
 
 _CLOSED = ".deleted"
 _CONFIG = "adapter_config.json"

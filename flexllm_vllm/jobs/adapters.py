@@ -6,17 +6,17 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from flexllm_vllm.jobs import schema
-from flexllm_vllm.jobs.database import Database
-from flexllm_vllm.jobs.errors import AdapterInUseError, AdapterNotFoundError, CursorNotFoundError
-from flexllm_vllm.jobs.rows import adapter_from_row, now
-from flexllm_vllm.jobs.types import (
+from flexllm_vllm.jobs.adapter_types import (
     FIRST_SERVED_INT_ID,
     AdapterSource,
     DeletedAdapter,
-    JobStatus,
     MergeStatus,
     ServedAdapter,
 )
+from flexllm_vllm.jobs.database import Database
+from flexllm_vllm.jobs.errors import AdapterInUseError, AdapterNotFoundError, CursorNotFoundError
+from flexllm_vllm.jobs.rows import adapter_from_row, now
+from flexllm_vllm.jobs.types import JobStatus
 
 _UNFINISHED_JOB = tuple(status.value for status in JobStatus if not status.finished)
 _UNFINISHED_MERGE = tuple(status.value for status in MergeStatus if not status.finished)

@@ -17,10 +17,11 @@ from flexllm_vllm.jobs.errors import (
     FileNotStoredError,
     TooManyFilesError,
 )
+from flexllm_vllm.jobs.file_types import StoredFile, UploadStatus
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.quotas import Quotas, check_file_quotas
 from flexllm_vllm.jobs.rows import file_from_row, now
-from flexllm_vllm.jobs.types import JobStatus, StoredFile, UploadStatus
+from flexllm_vllm.jobs.types import JobStatus
 
 # What users upload; files of other purposes are ours.
 UPLOADED = "fine-tune"

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.adapter_types import AdapterMerge, MergeSpec, MergeStatus, ServedAdapter
 from flexllm_vllm.jobs.adapters import add_adapter
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import (
@@ -22,13 +23,7 @@ from flexllm_vllm.jobs.errors import (
 )
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.rows import merge_from_row, now
-from flexllm_vllm.jobs.types import (
-    AdapterMerge,
-    JobError,
-    MergeSpec,
-    MergeStatus,
-    ServedAdapter,
-)
+from flexllm_vllm.jobs.types import JobError
 
 # Seconds after which a process that does not renew its claim counts as dead.
 LEASE_S = 60

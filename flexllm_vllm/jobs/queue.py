@@ -15,10 +15,11 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.adapters import add_adapter, add_deleted, is_deleted
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import JobNotFoundError, JobStateError
+from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.names import checkpoint_name, new_id
 from flexllm_vllm.jobs.owner import EngineOwner
 from flexllm_vllm.jobs.rows import finite, insert_event, job_from_row, now
-from flexllm_vllm.jobs.types import FinetuningJob, JobError, JobStatus, NewEvent
+from flexllm_vllm.jobs.types import FinetuningJob, JobError, JobStatus
 from flexllm_vllm.jobs.webhook_deliveries import add_deliveries
 
 

@@ -8,7 +8,8 @@ from sqlalchemy import Connection, func, select, true
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.errors import QuotaExceededError
-from flexllm_vllm.jobs.types import JobStatus, NewJob, UploadStatus
+from flexllm_vllm.jobs.file_types import UploadStatus
+from flexllm_vllm.jobs.types import JobStatus, NewJob
 
 _UNFINISHED = tuple(status.value for status in JobStatus if not status.finished)
 

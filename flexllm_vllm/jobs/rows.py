@@ -9,26 +9,25 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert
 
 from flexllm_vllm.jobs import schema
-from flexllm_vllm.jobs.names import new_id
-from flexllm_vllm.jobs.types import (
+from flexllm_vllm.jobs.adapter_types import (
     FIRST_TRAINING_INT_ID,
     AdapterMerge,
+    MergeSpec,
+    MergeStatus,
+    ServedAdapter,
+    WeightedAdapter,
+)
+from flexllm_vllm.jobs.event_types import JobEvent, NewEvent
+from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadStatus
+from flexllm_vllm.jobs.names import new_id
+from flexllm_vllm.jobs.types import (
     Checkpoint,
     FinetuningJob,
     JobError,
-    JobEvent,
     JobStatus,
     LoraSpec,
-    MergeSpec,
-    MergeStatus,
-    NewEvent,
     NewJob,
-    ServedAdapter,
-    StoredFile,
     TrainingSpec,
-    Upload,
-    UploadStatus,
-    WeightedAdapter,
 )
 
 

@@ -34,6 +34,7 @@ from flexllm_vllm.jobs.errors import (
     JobStateError,
     TooManyQueuedJobsError,
 )
+from flexllm_vllm.jobs.event_types import EventLevel, EventType, JobEvent, NewEvent
 from flexllm_vllm.jobs.files import FileStore
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim, IdempotencyKeys, complete_claim
 from flexllm_vllm.jobs.merges import MergeStore
@@ -49,16 +50,7 @@ from flexllm_vllm.jobs.rows import (
     job_values,
 )
 from flexllm_vllm.jobs.trackers import TrackerStore, add_trackers
-from flexllm_vllm.jobs.types import (
-    Checkpoint,
-    EventLevel,
-    EventType,
-    FinetuningJob,
-    JobEvent,
-    JobStatus,
-    NewEvent,
-    NewJob,
-)
+from flexllm_vllm.jobs.types import Checkpoint, FinetuningJob, JobStatus, NewJob
 from flexllm_vllm.jobs.uploads import UploadStore
 from flexllm_vllm.jobs.webhooks import WebhookStore
 from flexllm_vllm.log import get_logger

@@ -12,9 +12,11 @@ from sqlalchemy import Connection, Row, Select, func, insert, or_, select, updat
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
+from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.rows import insert_event, now
-from flexllm_vllm.jobs.types import JobStatus, JobTracker, NewEvent, TrackerSpec
+from flexllm_vllm.jobs.tracker_types import JobTracker, TrackerSpec
+from flexllm_vllm.jobs.types import JobStatus
 
 # Seconds after which a process that does not renew its claim counts as dead.
 LEASE_S = 60

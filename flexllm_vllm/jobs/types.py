@@ -1,9 +1,12 @@
-"""The nouns of finetuning: jobs, their settings, events, files and adapters. Plain data."""
+"""The nouns of jobs: their states, settings and checkpoints. Plain data, as in ``*_types.py``."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
+
+from flexllm_vllm.jobs.event_types import NewEvent
+from flexllm_vllm.jobs.tracker_types import TrackerSpec
 
 # The linear layers that an adapter may cover, in the order in which they are always listed.
 TARGET_MODULES = (
@@ -16,36 +19,12 @@ TARGET_MODULES = (
     "down_proj",
 )
 
-# vLLM's integer ids of adapters. Below are those that vLLM numbers itself (--lora-modules), from 1;
-# an adapter has one id while it is trained and another one when it is served.
-FIRST_TRAINING_INT_ID = 1_000_000
-FIRST_SERVED_INT_ID = 500_000_000
 
 # The tokenized examples in a job's folder.
 DATASET_FILE = "dataset.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 
-AdapterSource = Literal["job", "checkpoint", "import", "merge"]
 Method = Literal["supervised", "dpo"]
-# ``combination_type`` of ``peft.LoraModel.add_weighted_adapter``.
-MergeMethod = Literal[
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-]
-
-TrackerKind = Literal["tensorboard", "wandb", "mlflow"]
-
-EventLevel = Literal["info", "warn", "error"]
-EventType = Literal["message", "metrics"]
 
 
 class JobStatus(StrEnum):
@@ -149,57 +128,6 @@ class JobError:
 
 
 @dataclass(frozen=True)
-class NewEvent:
-    """An event that has no id and time yet. Of several with one ``key`` the first is kept."""
-
-    message: str
-    level: EventLevel = "info"
-    type: EventType = "message"
-    data: dict[str, Any] | None = None
-    key: str | None = None
-
-
-@dataclass(frozen=True)
-class JobEvent:
-    """Something that happened to a job. ``created_at`` is Unix time in seconds."""
-
-    id: str
-    created_at: int
-    level: EventLevel
-    message: str
-    type: EventType
-    data: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class TrackerSpec:
-    """Where the metrics of a job shall go. ``settings`` are those of the tracker's ``integrations``
-    entry; none of them is a secret."""
-
-    kind: TrackerKind
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class JobTracker:
-    """A tracker of a job, claimed by a process.
-
-    Attributes:
-        position: number of the last event that it has.
-        attempt: counted from 1, since it was last seen to work.
-        claim: by which the process that holds it is known.
-    """
-
-    seq: int
-    job_id: str
-    kind: TrackerKind
-    settings: dict[str, Any]
-    position: int
-    attempt: int
-    claim: str
-
-
-@dataclass(frozen=True)
 class NewJob:
     """A job to queue. Its folder, from ``JobStore.new_job``, already holds the tokenized dataset.
 
@@ -300,98 +228,6 @@ class FinetuningJob:
 
 
 @dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter that requests may name as their model. ``path`` is a PEFT folder."""
-
-    name: str
-    int_id: int
-    path: str
-    base_model: str
-    created_at: int
-    source: AdapterSource = "job"
-    job_id: str | None = None
-    organization_id: str = "local"
-
-
-@dataclass(frozen=True)
-class DeletedAdapter:
-    """An adapter that is not served any more.
-
-    Attributes:
-        path: its folder, which may still be needed.
-        job_unfinished: whether the job that has written it may go on.
-    """
-
-    seq: int
-    int_id: int
-    path: Path
-    job_unfinished: bool
-
-
-class MergeStatus(StrEnum):
-    """States of a merge."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the merge can never change again."""
-        return self in (MergeStatus.SUCCEEDED, MergeStatus.FAILED)
-
-
-@dataclass(frozen=True)
-class WeightedAdapter:
-    """An adapter of a merge, and what it is multiplied by."""
-
-    name: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class MergeSpec:
-    """What to merge and how, in the words of ``peft.LoraModel.add_weighted_adapter``.
-
-    Attributes:
-        density: share of the values that pruning methods keep.
-        svd_rank: of the result; None: the largest of the adapters.
-        seed: of what DARE drops.
-    """
-
-    adapters: tuple[WeightedAdapter, ...]
-    method: MergeMethod
-    density: float | None = None
-    svd_rank: int | None = None
-    majority_sign_method: Literal["total", "frequency"] = "total"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterMerge:
-    """A merge of adapters into a new one. Times are Unix seconds.
-
-    Attributes:
-        name: of the new adapter.
-        claim: of the process that works on it now.
-        attempts: how often a process has begun it.
-    """
-
-    id: str
-    name: str
-    base_model: str
-    spec: MergeSpec
-    status: MergeStatus
-    error: JobError | None
-    created_at: int
-    finished_at: int | None
-    attempts: int
-    claim: str | None
-    organization_id: str = "local"
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of a job that is served. ``metrics`` are OpenAI's (``train_loss``, ...)."""
 
@@ -401,96 +237,3 @@ class Checkpoint:
     name: str
     metrics: dict[str, Any]
     created_at: int
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """An uploaded file. ``bytes`` is its size."""
-
-    id: str
-    filename: str
-    bytes: int
-    purpose: str
-    created_at: int
-    expires_at: int | None = None
-    organization_id: str = "local"
-
-
-class UploadStatus(StrEnum):
-    """OpenAI's states of an upload in parts."""
-
-    PENDING = "pending"
-    COMPLETED = "completed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file that comes in parts. ``bytes`` is what its parts shall have together.
-
-    Attributes:
-        expires_at: Unix seconds, when its parts are removed unless it was completed.
-        file_id: the file that its parts have become.
-        file_expires_after_s: seconds that this file will exist; None: until it is deleted.
-    """
-
-    id: str
-    filename: str
-    bytes: int
-    purpose: str
-    mime_type: str
-    status: UploadStatus
-    created_at: int
-    expires_at: int
-    file_id: str | None = None
-    file_expires_after_s: int | None = None
-    organization_id: str = "local"
-
-
-@dataclass(frozen=True)
-class UploadPart:
-    """A part of an upload."""
-
-    id: str
-    upload_id: str
-    bytes: int
-    created_at: int
-
-
-@dataclass(frozen=True)
-class WebhookEndpoint:
-    """Where the ends of jobs are reported. Times are Unix seconds.
-
-    Attributes:
-        secrets: ``whsec_...``, what its deliveries are signed with now; the newest first.
-    """
-
-    id: str
-    name: str
-    url: str
-    event_types: tuple[str, ...]
-    secrets: tuple[str, ...] = field(repr=False)
-    created_at: int
-    updated_at: int
-
-
-@dataclass(frozen=True)
-class WebhookDelivery:
-    """An event on its way to an endpoint, claimed by one process for one attempt.
-
-    Attributes:
-        id: the ``webhook-id``, the same in each attempt.
-        body: the event as JSON text, the same in each attempt.
-        attempt: counted from 1.
-        claim: names this attempt; who reports on it shows it.
-    """
-
-    id: str
-    endpoint_id: str
-    url: str
-    secrets: tuple[str, ...] = field(repr=False)
-    event_type: str
-    body: str
-    attempt: int
-    claim: str

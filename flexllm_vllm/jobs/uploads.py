@@ -12,11 +12,11 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.content import ContentFolder, PartialFile
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import UploadMismatchError, UploadNotFoundError, UploadStateError
+from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadPart, UploadStatus
 from flexllm_vllm.jobs.files import FileStore, check_file_count
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.quotas import Quotas, check_file_quotas
 from flexllm_vllm.jobs.rows import now, upload_from_row
-from flexllm_vllm.jobs.types import StoredFile, Upload, UploadPart, UploadStatus
 
 # Seconds in which an upload must be completed.
 EXPIRES_AFTER_S = 3600

@@ -15,7 +15,8 @@ from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.names import new_id
 from flexllm_vllm.jobs.rows import now
-from flexllm_vllm.jobs.types import JobStatus, WebhookDelivery
+from flexllm_vllm.jobs.types import JobStatus
+from flexllm_vllm.jobs.webhook_types import WebhookDelivery
 
 EVENT_TYPES = tuple(
     f"fine_tuning.job.{status.value}"

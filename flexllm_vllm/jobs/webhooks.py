@@ -19,8 +19,8 @@ from flexllm_vllm.jobs.errors import (
     WebhookLimitError,
 )
 from flexllm_vllm.jobs.rows import now
-from flexllm_vllm.jobs.types import WebhookEndpoint
 from flexllm_vllm.jobs.webhook_deliveries import DeliveryQueue, valid_secrets
+from flexllm_vllm.jobs.webhook_types import WebhookEndpoint
 
 # A job that ends writes a row and makes a request for each endpoint that subscribes to it.
 MAX_ENDPOINTS = 100
