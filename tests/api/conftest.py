@@ -16,7 +16,6 @@ from typing import Any, cast
 import openai
 import pytest
 import uvicorn
-from engine_stand_in import Engine
 from fastapi import FastAPI
 from peft_adapters import TINY_LLAMA
 from vllm.entrypoints.openai.models.api_router import router as models_router
@@ -36,6 +35,7 @@ from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.data import ExampleTokenizer
 from flexllm_vllm.jobs import JobStore
 from flexllm_vllm.scheduler.iterations import Iteration
+from tests.api.engine_stand_in import Engine
 
 
 def _toy_tokenizer() -> Any:

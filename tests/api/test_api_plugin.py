@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from engine_stand_in import Engine
 from fastapi import FastAPI
 from sqlalchemy import select
 from vllm.entrypoints.openai.models.api_router import router as models_router
@@ -29,6 +28,7 @@ from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 
 from flexllm_vllm.api.plugin import FinetuningEndpointPlugin
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec, schema
+from tests.api.engine_stand_in import Engine
 
 LINE = json.dumps(
     {

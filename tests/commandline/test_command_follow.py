@@ -70,7 +70,13 @@ def environment(server: Any) -> dict[str, str]:
 def start(server: Any, *arguments: str) -> Any:
     """The command line as a process of its own, with pipes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, *arguments], env=environment(server), **pipes)
+
+    def hear_ctrl_c() -> None:  # a suite that runs in the background does not, and hands that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [*COMMAND, *arguments], env=environment(server), preexec_fn=hear_ctrl_c, **pipes
+    )
 
 
 @pytest.fixture
