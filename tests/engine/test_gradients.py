@@ -192,7 +192,8 @@ def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:
 
 
 def test_bfloat16_gradients_point_where_the_exact_ones_do(tmp_path: Path) -> None:
-    """bfloat16 keeps 8 bits: a per cent or two on each matrix is its rounding."""
+    """bfloat16 keeps 8 bits: some per cent on each matrix is its rounding, how many depends on the
+    processor's GEMM. PEFT's own autograd in bfloat16 tells what is usual on this one."""
     engine = Engine(
         random_llama(tmp_path / "model", **LLAMAS["gqa-tied"]), tmp_path, dtype="bfloat16"
     )
@@ -203,9 +204,15 @@ def test_bfloat16_gradients_point_where_the_exact_ones_do(tmp_path: Path) -> Non
         lora = LoraSpec(r=8, lora_alpha=16)
         engine.train(examples, lora, init, batch_size=2, n_epochs=1, max_grad_norm=0.0)
         (got,) = engine.gradients()
-        assert_equal(got, expected, 5e-2)
     finally:
         engine.close()
+    rounded = reference.load_peft(engine.model, init).bfloat16()
+    reference.accumulate(rounded, examples)
+    usual = reference.lora_tensors(rounded, "grad")
+    assert got.keys() == expected.keys()
+    for name, exact in expected.items():
+        error = reference.relative_error(got[name].double(), exact)
+        assert error < 2e-2 + 2 * reference.relative_error(usual[name].double(), exact), name
 
 
 def test_twenty_steps_follow_peft(demo_model: Path, tmp_path: Path) -> None:
