@@ -13,6 +13,9 @@ AUTO_MULTIPLE = 2.5
 # ... but at least this: 100 tokens a second are fast enough, and where an iteration takes a
 # millisecond or two, its fixed costs alone would leave finetuning nothing.
 MIN_AUTO_MS = 10.0
+# ... and at least what an iteration with so many finetuning tokens takes: where the fixed costs of
+# finetuning are beyond the multiple, a job would wait for the last request, however long.
+MIN_AUTO_TOKENS = 8
 # Without --finetuning-ttft-slo-ms: an iteration without inference may take so many times the target
 # of one with it. A request that arrives during it waits for its end.
 IDLE_MULTIPLE = 4.0
@@ -63,7 +66,7 @@ class LatencyBudget:
     Args:
         max_tokens: finetuning tokens of any iteration.
         tpot_slo_ms: target of an iteration that holds inference; None: :data:`AUTO_MULTIPLE` times
-            what its decode rows take alone.
+            what its decode rows take alone, or what :data:`MIN_AUTO_TOKENS` beside them take.
         ttft_slo_ms: bounds iterations that hold none; None: :data:`IDLE_MULTIPLE` times the target
             beside one decode row.
     """
@@ -90,7 +93,9 @@ class LatencyBudget:
         if self._tpot_slo_ms is not None:
             return self._tpot_slo_ms
         rows = replace(inference, prefill_tokens=0.0, decode_rows=max(1.0, inference.decode_rows))
-        return max(MIN_AUTO_MS, AUTO_MULTIPLE * self.model.predict_ms(rows))
+        alone = self.model.predict_ms(rows)
+        least = self.model.margin * (alone + self._part(MIN_AUTO_TOKENS))
+        return max(MIN_AUTO_MS, AUTO_MULTIPLE * alone, least)
 
     def budget(self, inference: IterationWork, target_ms: float) -> Budget:
         """For an iteration that holds this inference and nothing else so far."""
@@ -102,14 +107,14 @@ class LatencyBudget:
         window, rows = model.cost_ms("backward_windows"), model.cost_ms("has_finetuning_rows")
         if not inference.has_inference:
             rows += model.cost_ms("has_rows")
-        total = target_ms / model.margin - model.predict_ms(inference)
+        total = max(0.0, target_ms / model.margin - model.predict_ms(inference))
         if not inference.has_inference or self._left_out >= PATIENCE:
             total = max(total, self._least())
-        if total > 0:
+        # Backward windows may fit where a forward's fixed cost does not, and soon lack packs.
+        if total >= self._part(1):
             self._left_out = 0
         else:
             self._left_out += 1
-            total = 0.0
             if self._left_out == PATIENCE:
                 self._warn(inference)
         step = model.cost_ms("optimizer_steps")
@@ -125,9 +130,16 @@ class LatencyBudget:
                 "(--finetuning-tpot-slo-ms)",
                 PATIENCE,
                 self.model.predict_ms(inference),
-                self.model.margin * (self.model.predict_ms(inference) + self._least()),
+                self.model.margin * (self.model.predict_ms(inference) + self._part(1)),
                 self.target_ms(inference),
             )
+
+    def _part(self, num_tokens: int) -> float:
+        """Milliseconds that so many tokens, forward or backward, add to an iteration with others."""
+        cost = self.model.cost_ms
+        forward = cost("has_finetuning_rows") + num_tokens * cost("forward_tokens")
+        backward = cost("backward_windows") + num_tokens * cost("backward_tokens")
+        return max(forward, backward, num_tokens * MIN_COST_MS)
 
     def _least(self) -> float:
         """Milliseconds of the smallest finetuning part that is worth it."""

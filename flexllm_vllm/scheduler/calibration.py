@@ -27,9 +27,11 @@ logger = get_logger(__name__)
 Sample = tuple[IterationWork, float]
 
 # A slow machine stops here with what it has.
-MAX_SECONDS = 12.0
-SEQUENCE = 192  # tokens of an example
+MAX_SECONDS = 15.0
 BATCH = 2
+# Tokens of an example, as a share of the largest part: within a list of parts as below a batch runs
+# forward and backward, so that each kind of work is seen in each company.
+SEQUENCE = 3 / 8
 # Finetuning parts, as shares of the largest: alone, and as small as beside requests.
 LARGE = (1 / 2, 1.0, 1 / 4, 1 / 2)
 SMALL = (1 / 16, 1 / 64, 1 / 8, 1 / 16, 1 / 32, 1 / 16, 1 / 4, 1 / 64, 1 / 8, 1 / 32)
@@ -102,8 +104,9 @@ class Calibration:
         while self._planner.loops[JOB_ID].step < WARM_UP_STEPS:
             self.budget = Budget.of_tokens(self._max_tokens)
             yield False
-        # Parts that differ from one iteration to the next tell what each costs.
-        for sizes, beside in ((LARGE, 0), (SMALL, 1), (SMALL, rows), (SMALL, 0)):
+        # Parts that differ from one iteration to the next tell what each costs. Those that matter
+        # most come first, the slowest last, lest a slow machine stop before it has seen them.
+        for sizes, beside in ((SMALL, 1), (SMALL, 0), (SMALL, rows), (LARGE, 0)):
             for _ in range(beside):
                 self._add_request(16, len(sizes) + 2)
             if beside:
@@ -134,7 +137,7 @@ class Calibration:
     def _loop(self, longest: int) -> TrainingLoop:
         """A job without end."""
         builder = DatasetBuilder()
-        length = min(SEQUENCE, longest)
+        length = max(16, min(int(SEQUENCE * self._max_tokens), longest))
         for _ in range(8):
             builder.add(self._tokens(length), [0] + [1] * (length - 1))
         config = self._scheduler.vllm_config.lora_config

@@ -17,8 +17,10 @@ NOISE = 0.05
 # neighbour on the machine says nothing of the next iteration.
 OUTLIER = 3.0
 # A coefficient stays within this factor of what the calibration found: whatever single iterations
-# suggest, no machine becomes that much faster or slower at one thing alone.
+# suggest, no machine becomes that much faster or slower at one thing alone. Unless the calibration
+# could hardly tell: then within so many of its standard errors.
 TRUST = 4.0
+TRUST_ERRORS = 3.0
 # Iterations that a margin is learnt from, and before which it is MARGIN_AT_START.
 RESIDUALS = 512
 MIN_RESIDUALS = 32
@@ -122,6 +124,7 @@ class LatencyModel:
         durations = np.array([duration_ms for _, duration_ms in samples])
         rows = np.array([work.terms for work, _ in samples]) / durations[:, None]
         found = _nonnegative_least_squares(rows, np.ones(len(samples)))
+        errors = _standard_errors(rows, found)
         # A term too small to be seen among the others may be as large as this.
         unseen = (
             0.002
@@ -130,11 +133,14 @@ class LatencyModel:
         )
         self._coefficients = found
         self._values = found.tolist()
-        self._low, self._high = found / TRUST, np.maximum(found * TRUST, unseen)
+        least = np.maximum(0.0, found - TRUST_ERRORS * errors)
+        most = found + TRUST_ERRORS * errors
+        self._low = np.minimum(found / TRUST, least)
+        self._high = np.maximum.reduce([found * TRUST, most, unseen])
         self._floor = np.maximum(0.1 * found, 0.1 * unseen)
-        # Trusted within a quarter; the traffic will say the rest.
-        self._most_spread = np.maximum(0.5 * found, unseen) ** 2
-        self._covariance = np.diag(np.maximum(0.25 * found, 0.5 * unseen) ** 2)
+        # Trusted within a quarter, or its standard error; the traffic will say the rest.
+        self._most_spread = np.maximum.reduce([0.5 * found, errors, unseen]) ** 2
+        self._covariance = np.diag(np.maximum.reduce([0.25 * found, errors, 0.5 * unseen]) ** 2)
         self._usual_error = float(np.mean(np.abs(rows @ found - 1.0)))
 
     def predict_ms(self, work: IterationWork) -> float:
@@ -198,6 +204,21 @@ class LatencyModel:
         if count >= MIN_RESIDUALS:
             at = min(int(QUANTILE * count), count - 1)
             self._margin = min(MAX_MARGIN, max(1.0, self._sorted[at]))
+
+
+def _standard_errors(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """How far each term may be from the truth, given the noise of the iterations and what they held:
+    two sizes of one kind of work, say, leave its fixed cost all but open.
+
+    Zero for a term that was found to be zero: nothing is known of it.
+    """
+    used = np.flatnonzero(found)
+    errors = np.zeros(len(found))
+    if len(used):
+        noise = max(NOISE, float(np.median(np.abs(rows @ found - 1.0))))
+        inverse = np.linalg.pinv(rows[:, used].T @ rows[:, used])
+        errors[used] = noise * np.sqrt(np.maximum(inverse.diagonal(), 0.0))
+    return errors
 
 
 def _nonnegative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

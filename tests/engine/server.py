@@ -115,7 +115,7 @@ def start_job(client: openai.OpenAI, file_id: str, model: str = NAME, suffix: st
     )
 
 
-def wait_for(client: openai.OpenAI, job_id: str, timeout: float = 240) -> Any:
+def wait_for(client: openai.OpenAI, job_id: str, timeout: float = 480) -> Any:
     """The job, once it has ended."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -55,7 +55,7 @@ def trained(client: openai.OpenAI):
     try:
         file_id = train_file(client, shouting(40))
         job = start_job(
-            client, file_id, suffix="loud", n_epochs=2, batch_size=4, learning_rate=1e-3
+            client, file_id, suffix="loud", n_epochs=1, batch_size=2, learning_rate=1e-3
         )
         return wait_for(client, job.id)
     finally:

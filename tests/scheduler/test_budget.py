@@ -4,7 +4,13 @@ from dataclasses import replace
 import pytest
 from test_latency_model import machine
 
-from flexllm_vllm.scheduler.budget import AUTO_MULTIPLE, IDLE_MULTIPLE, LINGER, LatencyBudget
+from flexllm_vllm.scheduler.budget import (
+    AUTO_MULTIPLE,
+    IDLE_MULTIPLE,
+    LINGER,
+    PATIENCE,
+    LatencyBudget,
+)
 from flexllm_vllm.scheduler.latency_model import IterationWork
 
 DECODING = IterationWork(decode_rows=2, decode_context=0.5)
@@ -14,8 +20,9 @@ IDLE = IterationWork()
 class Machine:
     """Iterations with an endless supply of finetuning work."""
 
-    def __init__(self, budget: LatencyBudget, noise: float = 0.05) -> None:
+    def __init__(self, budget: LatencyBudget, noise: float = 0.05, rows_ms: float = 0.0) -> None:
         self.budget = budget
+        self.rows_ms = rows_ms
         self.noise = noise
         self.rng = random.Random(0)
 
@@ -29,7 +36,9 @@ class Machine:
             forward_tokens=float(forward),
             backward_tokens=half / allowed.backward,
         )
-        ms = machine(work) * self.rng.lognormvariate(0, self.noise)
+        ms = (machine(work) + self.rows_ms * work.has_finetuning_rows) * self.rng.lognormvariate(
+            0, self.noise
+        )
         self.budget.observe(work, ms)
         return work, ms
 
@@ -55,6 +64,29 @@ def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:
         budget.observe(IterationWork(backward_tokens=20.0), 50.0)
     one_row = budget.target_ms(IterationWork(decode_rows=1.0))
     assert budget.target_ms(IDLE) == pytest.approx(IDLE_MULTIPLE * one_row)
+
+
+def costly_forwards(slo_ms: float | None) -> Machine:
+    """Any forward with finetuning rows costs 120 ms where decoding takes 28."""
+    simulated = Machine(LatencyBudget(512, tpot_slo_ms=slo_ms), rows_ms=120.0)
+    rng = random.Random(1)
+    for _ in range(100):
+        forward = rng.choice((8, 64))
+        work = replace(DECODING, has_finetuning_rows=1.0, forward_tokens=forward)
+        for kind, more in ((work, 120.0), (DECODING, 0.0)):
+            simulated.budget.observe(kind, machine(kind) + more)
+    return simulated
+
+
+def test_the_automatic_target_leaves_every_iteration_a_forward_however_costly() -> None:
+    simulated = costly_forwards(None)
+    assert all(simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(300))
+
+
+def test_a_target_below_the_cost_of_a_forward_still_gets_one_now_and_then() -> None:
+    simulated = costly_forwards(100.0)
+    forwards = [simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(4 * PATIENCE)]
+    assert 2 <= sum(forwards) <= 4
 
 
 def test_an_iteration_without_requests_is_bounded_by_the_ttft_target() -> None:

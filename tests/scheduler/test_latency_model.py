@@ -69,6 +69,23 @@ def test_an_hour_of_decoding_does_not_spoil_what_it_knows_of_finetuning() -> Non
     assert model.predict_ms(mixed) == pytest.approx(machine(mixed), rel=0.15)
 
 
+def test_a_fixed_cost_that_the_calibration_could_not_tell_is_corrected_by_the_traffic() -> None:
+    """Two noisy iterations of a slow machine say 215 ms where it is 30."""
+    model, rng = LatencyModel(), random.Random(3)
+    decode = IterationWork(decode_rows=1)
+    samples = [(decode, 67.0), (IterationWork(decode_rows=4), 75.0)] * 5
+    for tokens, ms in ((128, 477.0), (226, 627.0)):
+        samples.append((IterationWork(has_finetuning_rows=1, forward_tokens=tokens), ms))
+    model.calibrate(samples)
+    assert model.cost_ms("has_finetuning_rows") > 150
+    for _ in range(200):
+        tokens = rng.randint(1, 20)
+        work = IterationWork(decode_rows=1, has_finetuning_rows=1, forward_tokens=tokens)
+        model.observe(decode, 67 * rng.lognormvariate(0, 0.05))
+        model.observe(work, (67 + 30 + 2.7 * tokens) * rng.lognormvariate(0, 0.05))
+    assert 15 < model.cost_ms("has_finetuning_rows") < 45
+
+
 def test_costs_are_never_negative() -> None:
     model = LatencyModel()
     for tokens in range(1, 60):  # the more, the faster: no machine, but it must be survived
