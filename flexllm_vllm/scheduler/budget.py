@@ -135,7 +135,7 @@ class LatencyBudget:
             )
 
     def _part(self, num_tokens: int) -> float:
-        """Milliseconds that so many tokens, forward or backward, add to an iteration with others."""
+        """Milliseconds that so many tokens, either way, add to an iteration with others."""
         cost = self.model.cost_ms
         forward = cost("has_finetuning_rows") + num_tokens * cost("forward_tokens")
         backward = cost("backward_windows") + num_tokens * cost("backward_tokens")

@@ -207,8 +207,9 @@ class LatencyModel:
 
 
 def _standard_errors(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """How far each term may be from the truth, given the noise of the iterations and what they held:
-    two sizes of one kind of work, say, leave its fixed cost all but open.
+    """How far each term may be from the truth, given the iterations' noise and what they held.
+
+    Two sizes of one kind of work, say, leave its fixed cost all but open.
 
     Zero for a term that was found to be zero: nothing is known of it.
     """
