@@ -110,6 +110,7 @@ def _rms_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None) 
     """``RMSNorm.forward``; with a residual ``x`` and it are overwritten, as vLLM allows."""
     weight = norm.weight.data
     if residual is None:
+        x = x.contiguous()  # the operation takes rows as dense; heads of a merged linear are not
         out = torch.empty_like(x)
         torch.ops._C.rms_norm(out, x, weight, norm.variance_epsilon)
         return out

@@ -1,12 +1,11 @@
-"""Backward of Llama decoder layers, mirroring ``vllm/model_executor/models/llama.py``.
+"""Backward of Llama's decoder layers and those built like them.
 
-A layer's forward is a chain, and any value of it can be kept or computed again from those before:
-
-``hidden -> (norm, q) query -> (softmax K V) attention -> (o_proj) middle -> (norm) gate_up``
-
-K and V are read from the paged cache; both norms, the SwiGLU product and the softmax rows are
-always recomputed. Which of the chain's values are needed at all follows from the adapter's targets
-(``LlamaBackward._needs``), which of those are kept from the policy (``LlamaBackward.saved``).
+It mirrors ``vllm/model_executor/models/llama.py``, ``mistral.py``, ``qwen2.py`` and ``qwen3.py``. A
+layer's forward is a chain, and any value of it can be kept or computed again from those before
+(:class:`LayerChain`). K and V are read from the paged cache; norms, the SwiGLU product and the
+softmax rows are always recomputed. Which of the chain's values are needed at all follows from the
+adapter's targets (``LlamaBackward._needs``), which of those are kept from the policy
+(``LlamaBackward.saved``).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,24 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from flexllm_vllm.kernels.cross_entropy import TokenLosses, linear_cross_entropy, release_buffers
 from flexllm_vllm.kernels.linear import input_gradient, use_onednn
-from flexllm_vllm.kernels.lora import lora_add, lora_backward
-from flexllm_vllm.kernels.paged_attention import attention_backward, attention_forward
+from flexllm_vllm.kernels.lora import lora_backward
+from flexllm_vllm.kernels.paged_attention import attention_backward
 from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
 from flexllm_vllm.kernels.rotary import apply_rotary
 from flexllm_vllm.kernels.swiglu import swiglu, swiglu_backward
 from flexllm_vllm.models.base import (
     ActivationPolicy,
     Capture,
-    LinearShape,
     LoraMatrices,
     RowSegment,
     TrainedLinears,
 )
-from flexllm_vllm.models.weights import FrozenWeights, unwrapped
+from flexllm_vllm.models.chain import LayerChain
+from flexllm_vllm.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -52,73 +50,22 @@ class _Needs:
 
 
 class LlamaBackward:
-    """See :class:`flexllm_vllm.models.base.ModelBackward`."""
+    """See :class:`flexllm_vllm.models.base.ModelBackward`; of any :class:`Decoder`."""
 
     def __init__(self, model: Any, max_jobs: int = 1) -> None:
-        self._decoder = model.model
-        self._layers = list(model.model.layers)
-        self._logit_scale = float(getattr(unwrapped(model.logits_processor), "scale", 1.0))
-        attention = self._layers[0].self_attn
-        self.num_layers = len(self._layers)
-        self.num_heads = attention.num_heads
-        self.num_kv_heads = attention.num_kv_heads
-        self.head_size = attention.head_dim
-        self._q_size = attention.q_size
-        self._kv_size = attention.kv_size
-        self._scale = attention.scaling
-        self._rotary = attention.rotary_emb
-        norm_weight = self._layers[0].input_layernorm.weight
-        self.hidden_size = norm_weight.shape[0]
-        self.dtype = norm_weight.dtype
-        self._intermediate_size = unwrapped(self._layers[0].mlp.down_proj).input_size
-        self._lm_head = unwrapped(model.lm_head)
-        self._vocab_size = model.config.vocab_size
-        self._weights = FrozenWeights(
-            [
-                {
-                    "qkv_proj": layer.self_attn.qkv_proj,
-                    "o_proj": layer.self_attn.o_proj,
-                    "gate_up_proj": layer.mlp.gate_up_proj,
-                    "down_proj": layer.mlp.down_proj,
-                }
-                for layer in self._layers
-            ],
-            num_kept=max_jobs,
-        )
-        self._check()
-
-    def _check(self) -> None:
-        """Refuses what this backward does not cover, rather than train with wrong gradients."""
-        self._weights.check(self.dtype)
-        if any(getattr(x.self_attn.attn, "sliding_window", None) is not None for x in self._layers):
-            raise ValueError("finetuning does not support sliding-window attention yet")
-        if not hasattr(self._rotary, "cos_sin_cache"):
-            raise ValueError(
-                f"finetuning does not support the rotary embedding {type(self._rotary).__name__}"
-            )
-
-    def linear_shapes(self) -> dict[str, LinearShape]:
-        hidden, inner = self.hidden_size, self._intermediate_size
-        return {
-            "qkv_proj": LinearShape(hidden, (self._q_size, self._kv_size, self._kv_size)),
-            "o_proj": LinearShape(self._q_size, (hidden,)),
-            "gate_up_proj": LinearShape(hidden, (inner, inner)),
-            "down_proj": LinearShape(inner, (hidden,)),
-        }
-
-    def module_path(self, layer: int, name: str) -> str:
-        attention = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-        parent = "self_attn" if name in attention else "mlp"
-        return f"model.layers.{layer}.{parent}.{name}"
-
-    def kv_cache(self, layer: int) -> torch.Tensor:
-        return self._layers[layer].self_attn.attn.kv_cache
-
-    def rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._rotary.cos_sin_cache.index_select(0, positions).float()
+        self._decoder = decoder = Decoder(model, max_jobs)
+        self.num_layers = len(decoder.layers)
+        self.num_kv_heads = decoder.num_kv_heads
+        self.head_size = decoder.head_size
+        self.hidden_size = decoder.hidden_size
+        self.dtype = decoder.dtype
+        self.linear_shapes = decoder.linear_shapes
+        self.module_path = decoder.module_path
+        self.kv_cache = decoder.kv_cache
+        self.rotary_table = decoder.rotary_table
 
     def release(self) -> None:
-        self._weights.forget()
+        self._decoder.weights.forget()
         release_buffers()
 
     # -- what is kept ------------------------------------------------------------------------
@@ -142,19 +89,21 @@ class LlamaBackward:
         """
         if layer < trained.lowest_layer:
             return {}
-        needs = self._needs(layer, trained)
+        decoder, needs = self._decoder, self._needs(layer, trained)
         width = {
             "hidden": self.hidden_size,
-            "query": self._q_size,
-            "attention": self._q_size,
+            "query": decoder.q_size,
+            "projected": decoder.q_size + decoder.kv_size,
+            "attention": decoder.q_size,
             "middle": self.hidden_size,
-            "gate_up": 2 * self._intermediate_size,
+            "gate_up": 2 * decoder.intermediate_size,
         }
         trains_out = (layer, "o_proj") in trained
         # `attention` itself is only the input of o_proj's LoRA: its backward needs no output.
         wanted = []
         if policy == "store":
-            wanted += ["hidden", "query"] if needs.attention else []
+            query = "projected" if decoder.has_head_norms else "query"
+            wanted += ["hidden", query] if needs.attention else []
             wanted += ["attention"] if trains_out else []
             trains_gate_up = (layer, "gate_up_proj") in trained
             wanted += ["middle"] if needs.middle or trains_gate_up else []
@@ -180,10 +129,20 @@ class LlamaBackward:
 
             return hook
 
-        handles = [
-            self._decoder.norm.register_forward_pre_hook(on_stream(self.num_layers, "hidden", 0))
-        ]
-        for index, layer in enumerate(self._layers):
+        def on_projection(index: int) -> Any:
+            width = self._decoder.q_size + self._decoder.kv_size
+
+            def hook(_: Any, __: Any, output: Any) -> None:
+                capture(index, "projected", output[0][:, :width], None)
+
+            return hook
+
+        decoder = self._decoder
+        handles = [decoder.norm.register_forward_pre_hook(on_stream(self.num_layers, "hidden", 0))]
+        for index, layer in enumerate(decoder.layers):
+            if decoder.has_head_norms:
+                projection = layer.self_attn.qkv_proj
+                handles.append(projection.register_forward_hook(on_projection(index)))
             for module, hook in (
                 (layer, on_stream(index, "hidden", 1)),
                 (layer.self_attn.attn, on_input(index, "query")),
@@ -204,8 +163,8 @@ class LlamaBackward:
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
     ) -> tuple[TokenLosses, torch.Tensor | None]:
-        norm, head = self._decoder.norm, self._lm_head
-        weight = head.weight[: self._vocab_size]
+        norm, head = self._decoder.norm, self._decoder.lm_head
+        weight = head.weight[: self._decoder.vocab_size]
         packed = None
         if len(head.weight) == len(weight) and (weight.dtype != torch.float32 or use_onednn()):
             packed = getattr(head, "cpu_linear", None)
@@ -215,7 +174,7 @@ class LlamaBackward:
             weight,
             targets,
             scale,
-            self._logit_scale,
+            self._decoder.logit_scale,
             project=packed and (lambda rows: packed(rows, head.weight, None)),
         )
         if dx is None:
@@ -232,7 +191,7 @@ class LlamaBackward:
         adapter: LoraMatrices,
     ) -> torch.Tensor | None:
         needs = self._needs(layer, adapter.trained)
-        chain = _Chain(self, layer, saved, rotary, segments, adapter)
+        chain = LayerChain(self._decoder, layer, saved, rotary, segments, adapter)
         d_middle = self._mlp_backward(layer, d_out, chain, needs, adapter)
         if d_middle is None:
             return None
@@ -251,7 +210,12 @@ class LlamaBackward:
         )
 
     def _mlp_backward(
-        self, layer: int, d_out: torch.Tensor, chain: "_Chain", needs: _Needs, adapter: LoraMatrices
+        self,
+        layer: int,
+        d_out: torch.Tensor,
+        chain: LayerChain,
+        needs: _Needs,
+        adapter: LoraMatrices,
     ) -> torch.Tensor | None:
         """From the layer's output to the residual stream between attention and MLP."""
         dy = d_out.to(self.dtype)
@@ -260,7 +224,7 @@ class LlamaBackward:
                 layer, "down_proj", dy, lambda: swiglu(chain.gate_up), adapter, False
             )
             return None
-        d_product = input_gradient(dy, self._weights.dense(layer, "down_proj"))
+        d_product = input_gradient(dy, self._decoder.weights.dense(layer, "down_proj"))
         if (group := adapter.group(layer, "down_proj")) is None:
             d_gate_up, _ = swiglu_backward(d_product, chain.gate_up)
         else:
@@ -269,7 +233,7 @@ class LlamaBackward:
             g = lora_backward(dy, None, group, None, d_product)
             d_gate_up, product = swiglu_backward(d_product, chain.gate_up)
             lora_backward(dy, product, group, adapter.grad(layer, "down_proj"), None, g)
-        norm = self._layers[layer].post_attention_layernorm
+        norm = self._decoder.layers[layer].post_attention_layernorm
         d_normed = self._project_backward(
             layer,
             "gate_up_proj",
@@ -287,20 +251,20 @@ class LlamaBackward:
         layer: int,
         d_attention: torch.Tensor,
         d_middle: torch.Tensor,
-        chain: "_Chain",
+        chain: LayerChain,
         rotary: torch.Tensor,
         segments: list[RowSegment],
         adapter: LoraMatrices,
         needs: _Needs,
     ) -> torch.Tensor | None:
         """From the attention's output to the layer's input."""
-        num_rows = d_attention.shape[0]
-        heads = (num_rows, self.num_heads, self.head_size)
-        kv_heads = (num_rows, self.num_kv_heads, self.head_size)
-        widths = (self._q_size, self._kv_size, self._kv_size)
+        decoder, num_rows = self._decoder, d_attention.shape[0]
+        heads = (num_rows, decoder.num_heads, decoder.head_size)
+        kv_heads = (num_rows, decoder.num_kv_heads, decoder.head_size)
+        widths = (decoder.q_size, decoder.kv_size, decoder.kv_size)
         d_qkv = torch.empty(num_rows, sum(widths), dtype=self.dtype)
         d_query, d_key, d_value = d_qkv.split(widths, dim=1)
-        query, neox = chain.query.view(heads), self._rotary.is_neox_style
+        query, neox = chain.query.view(heads), decoder.rotary.is_neox_style
         dq = torch.empty(heads)
         for segment in segments:
             rows = segment.rows
@@ -310,7 +274,7 @@ class LlamaBackward:
                 self.kv_cache(layer),
                 segment.block_ids,
                 segment.start,
-                self._scale,
+                decoder.scale,
                 segment.dk,
                 segment.dv,
             )
@@ -325,7 +289,12 @@ class LlamaBackward:
             )
             d_value.view(kv_heads)[rows] = segment.dv[:, own].transpose(0, 1)
         apply_rotary(dq, rotary, neox, inverse=True, out=d_query.view(heads))
-        norm = self._layers[layer].input_layernorm
+        modules = decoder.layers[layer]
+        if decoder.has_head_norms:
+            raw = chain.projected.split(widths[:2], dim=1)
+            _head_norm_backward(d_query, raw[0], modules.self_attn.q_norm)
+            _head_norm_backward(d_key, raw[1], modules.self_attn.k_norm)
+        norm = modules.input_layernorm
         d_normed = self._project_backward(
             layer, "qkv_proj", d_qkv, lambda: chain.normed_hidden, adapter, needs.hidden
         )
@@ -348,104 +317,22 @@ class LlamaBackward:
 
         ``x`` is called only where there is an adapter: what only it reads is not recomputed.
         """
-        dx = input_gradient(dy, self._weights.dense(layer, name)) if need_dx else None
+        dx = input_gradient(dy, self._decoder.weights.dense(layer, name)) if need_dx else None
         if (group := adapter.group(layer, name)) is not None:
             lora_backward(dy, x(), group, adapter.grad(layer, name), dx)
         return dx
 
 
-class _Chain:
-    """The values of a layer's forward for a window of rows: kept ones, others computed when asked.
+def _head_norm_backward(d_heads: torch.Tensor, raw: torch.Tensor, norm: Any) -> None:
+    """Turns gradients of normed heads into those of the heads before, in place.
 
-    See the module's docstring.
+    Args:
+        d_heads: ``[num_rows, num_heads * head_size]``, any row stride.
+        raw: like ``d_heads``, the norm's input.
+        norm: vLLM's ``RMSNorm`` over ``head_size``.
     """
-
-    def __init__(
-        self,
-        model: LlamaBackward,
-        layer: int,
-        saved: Mapping[str, torch.Tensor],
-        rotary: torch.Tensor,
-        segments: list[RowSegment],
-        adapter: LoraMatrices,
-    ) -> None:
-        self._model = model
-        self._layer = layer
-        self._values = dict(saved)
-        self._rotary = rotary
-        self._segments = segments
-        self._adapter = adapter
-
-    def _value(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if name not in self._values:
-            self._values[name] = compute()
-        return self._values[name]
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        return self._values["hidden"]
-
-    @property
-    def normed_hidden(self) -> torch.Tensor:
-        norm = self._model._layers[self._layer].input_layernorm
-        return self._value(
-            "normed_hidden", lambda: rms_norm(self.hidden, norm.weight, norm.variance_epsilon)
-        )
-
-    @property
-    def query(self) -> torch.Tensor:
-        return self._value("query", self._compute_query)
-
-    def _compute_query(self) -> torch.Tensor:
-        model, layer = self._model, self._layer
-        width, x = model._q_size, self.normed_hidden
-        bias = model._weights.bias(layer, "qkv_proj")
-        weight = model._weights.dense(layer, "qkv_proj")[:width]
-        y = linear(x, weight, None if bias is None else bias[:width])
-        self._add_lora(y, x, "qkv_proj")
-        heads = (len(x), model.num_heads, model.head_size)
-        return apply_rotary(y.view(heads), self._rotary, model._rotary.is_neox_style).flatten(1)
-
-    @property
-    def attention(self) -> torch.Tensor:
-        return self._value("attention", self._compute_attention)
-
-    def _compute_attention(self) -> torch.Tensor:
-        model = self._model
-        query = self.query.view(-1, model.num_heads, model.head_size)
-        out = torch.empty_like(query)
-        for segment in self._segments:
-            out[segment.rows] = attention_forward(
-                query[segment.rows],
-                model.kv_cache(self._layer),
-                segment.block_ids,
-                segment.start,
-                model._scale,
-            )
-        return out.flatten(1)
-
-    @property
-    def middle(self) -> torch.Tensor:
-        return self._value(
-            "middle", lambda: self._projected("o_proj", self.attention).add_(self.hidden)
-        )
-
-    @property
-    def normed_middle(self) -> torch.Tensor:
-        norm = self._model._layers[self._layer].post_attention_layernorm
-        return self._value(
-            "normed_middle", lambda: rms_norm(self.middle, norm.weight, norm.variance_epsilon)
-        )
-
-    @property
-    def gate_up(self) -> torch.Tensor:
-        return self._value("gate_up", lambda: self._projected("gate_up_proj", self.normed_middle))
-
-    def _projected(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        y = self._model._weights.project(self._layer, name, x)
-        self._add_lora(y, x, name)
-        return y
-
-    def _add_lora(self, y: torch.Tensor, x: torch.Tensor, name: str) -> None:
-        if (group := self._adapter.group(self._layer, name)) is not None:
-            lora_add(y, x, group, [c for c in group.columns if c[1] <= y.shape[1]])
+    size = norm.weight.shape[0]
+    found = rms_norm_backward(
+        d_heads.reshape(-1, size), raw.reshape(-1, size), norm.weight, norm.variance_epsilon
+    )
+    d_heads.copy_(found.view(d_heads.shape))

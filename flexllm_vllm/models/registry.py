@@ -10,6 +10,9 @@ from flexllm_vllm.models.llama import LlamaBackward
 
 _FAMILIES: dict[str, Callable[[Any, int], ModelBackward]] = {
     "LlamaForCausalLM": LlamaBackward,
+    "MistralForCausalLM": LlamaBackward,
+    "Qwen2ForCausalLM": LlamaBackward,
+    "Qwen3ForCausalLM": LlamaBackward,
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 

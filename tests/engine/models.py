@@ -1,4 +1,4 @@
-"""Models for the engine tests: small random Llamas, and adapters to start from."""
+"""Models for the engine tests: small random ones, and adapters to start from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -18,13 +17,18 @@ ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 VOCAB = 320
 
 
-def random_llama(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inner: int,
-                 tied: bool, layers: int = 3, seed: int = 0) -> Path:  # fmt: skip
-    """A Llama with random float32 weights and a tokenizer of one word per token id."""
+def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inner: int,
+                 tied: bool, family: str = "llama", hidden: int | None = None, layers: int = 3,
+                 seed: int = 0) -> Path:  # fmt: skip
+    """A model with random float32 weights and a tokenizer of one word per token id.
+
+    ``family`` is transformers' ``model_type``; ``hidden`` is ``heads * head_dim`` by default.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCAB,
-        hidden_size=heads * head_dim,
+        hidden_size=hidden or heads * head_dim,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -37,10 +41,14 @@ def random_llama(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
+    if family == "mistral":
+        config.sliding_window = None
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import reference
 import torch
-from models import ALL_TARGETS, VOCAB, random_adapter, random_llama
+from models import ALL_TARGETS, VOCAB, random_adapter, random_model
 from peft import PeftModel
 from peft_adapters import archive_of
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,7 +32,7 @@ SOON = 1.0
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("api-servers")
-    model = random_llama(
+    model = random_model(
         folder / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2
     )
     keys = folder / "keys.toml"

@@ -9,8 +9,8 @@ import faults
 import harness
 import psutil
 import pytest
-from models import random_examples, random_llama
-from test_gradients import LLAMAS
+from models import random_examples, random_model
+from test_gradients import MODELS
 from vllm import LLM, SamplingParams
 
 from flexllm_vllm.jobs.store import JobStore
@@ -24,7 +24,7 @@ class Engine:
     """An engine, a job that trains all the while, and what requests get without any job."""
 
     def __init__(self, folder: Path) -> None:
-        model = random_llama(folder / "model", **LLAMAS["gqa-tied"])
+        model = random_model(folder / "model", **MODELS["qwen2-gqa-tied"])
         self.store = JobStore(folder / "store")
         options = harness.engine_options(
             folder / "store", max_jobs=2, checkpoint_interval_s=0.2, activation_cache_tokens=1024,

@@ -4,7 +4,7 @@ import time
 
 import harness
 import pytest
-from models import random_examples, random_llama
+from models import random_examples, random_model
 from vllm import LLM, SamplingParams
 
 from flexllm_vllm.jobs.store import JobStore
@@ -14,7 +14,7 @@ from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("pressure")
-    model = random_llama(
+    model = random_model(
         folder / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2
     )
     llm = LLM(

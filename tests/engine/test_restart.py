@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import random_llama
+from models import random_model
 from prompts import SUBJECTS
 from safetensors.torch import load_file
 from server import Server, start_job, train_file, wait_for, wait_for_step
@@ -24,7 +24,7 @@ SEED = int(os.environ.get("FLEXLLM_TEST_SEED", "7"))
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Small, so that starting a server three times does not take long."""
-    return random_llama(
+    return random_model(
         tmp_path / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2
     )
 

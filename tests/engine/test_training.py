@@ -10,9 +10,9 @@ import harness
 import pytest
 import reference
 import torch
-from models import ALL_TARGETS, random_adapter, random_examples, random_llama
+from models import ALL_TARGETS, random_adapter, random_examples, random_model
 from safetensors.torch import load_file
-from test_gradients import LLAMAS, Engine, assert_equal
+from test_gradients import MODELS, Engine, assert_equal
 from toy_tokenizer import CHATML, toy_tokenizer
 from trl_reference import TrlBatch, dpo_batch
 
@@ -26,7 +26,7 @@ LORA = LoraSpec(r=8, lora_alpha=16)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("training")
-    model = random_llama(folder / "model", **LLAMAS["gqa-tied"])
+    model = random_model(folder / "model", **MODELS["qwen2-gqa-tied"])
     engine = Engine(model, folder, activation_cache_tokens=1024, checkpoint_interval_s=0.2,
                     max_jobs=3)  # fmt: skip
     yield engine

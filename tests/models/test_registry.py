@@ -8,5 +8,6 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones() -> Non
         check_architecture(["OPTForCausalLM"])
 
 
-def test_llama_is_supported() -> None:
-    check_architecture(["LlamaForCausalLM"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_dense_decoders_built_like_llama_are_supported(family: str) -> None:
+    check_architecture([f"{family}ForCausalLM"])
