@@ -11,7 +11,7 @@ from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.multipart import announced_bytes, read_form
 from flexllm_vllm.api.opened_file import OpenedFileResponse
-from flexllm_vllm.api.responses import file_object, page
+from flexllm_vllm.api.responses import file_object, file_page
 from flexllm_vllm.api.schemas import ERRORS, FileDeleted, FileObject, FilePage, answers
 from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.api.upload_requests import FORM_FIELDS, check_purpose, file_request
@@ -85,7 +85,7 @@ async def list_files(
     files, has_more = await asyncio.to_thread(
         service.store.files.page, after, limit, order, purpose, tenant.organization_id
     )
-    return page([file_object(file) for file in files], has_more)
+    return file_page(files, has_more)
 
 
 @router.get("/{file_id}", responses=answers(FileObject))

@@ -61,7 +61,14 @@ class Integration(RequestBody):
 
 
 def integration_objects(integrations: list[Integration] | None) -> list[dict[str, Any]] | None:
-    """As a job has them in answers."""
+    """As a job has them in answers: without what was not set, since OpenAI's ``tags`` are never
+    null."""
     if not integrations:
         return None
-    return [{"type": each.type, each.type: each.settings} for each in integrations]
+    return [
+        {
+            "type": each.type,
+            each.type: {name: value for name, value in each.settings.items() if value is not None},
+        }
+        for each in integrations
+    ]

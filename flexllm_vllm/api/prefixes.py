@@ -14,6 +14,9 @@ PREFIXES = (
     "/v1/webhook_event_types",
 )
 
+# Below it our routes of one model; the list is vLLM's.
+_MODELS = "/v1/models/"
+
 
 def route_path(scope: Scope) -> str:
     """The path that routes are compared with: ``--root-path`` taken off, by the same function."""
@@ -27,4 +30,5 @@ def is_below(path: str, prefixes: tuple[str, ...]) -> bool:
 
 def is_ours(scope: Scope) -> bool:
     """Whether a request is for one of our paths, known or not."""
-    return is_below(route_path(scope), PREFIXES)
+    path = route_path(scope)
+    return is_below(path, PREFIXES) or path.startswith(_MODELS)

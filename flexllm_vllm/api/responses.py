@@ -21,18 +21,25 @@ def page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     }
 
 
+def file_page(files: list[StoredFile], has_more: bool) -> dict[str, Any]:
+    """A page of files. Its ids are texts always: an empty list's are empty."""
+    found = page([file_object(file) for file in files], has_more)
+    return {**found, "first_id": found["first_id"] or "", "last_id": found["last_id"] or ""}
+
+
 def file_object(file: StoredFile) -> dict[str, Any]:
-    """``openai.types.FileObject``. Every line was checked at the door: the file is processed."""
+    """``openai.types.FileObject``. Every line was checked at the door: the file is processed.
+    ``expires_at`` is left out where there is none, since OpenAI's is never null."""
+    expires = {} if file.expires_at is None else {"expires_at": file.expires_at}
     return {
         "id": file.id,
         "object": "file",
         "bytes": file.bytes,
         "created_at": file.created_at,
-        "expires_at": file.expires_at,
+        **expires,
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
-        "status_details": None,
     }
 
 
@@ -93,20 +100,21 @@ def job_object(job: FinetuningJob) -> dict[str, Any]:
 
 
 def checkpoint_object(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``openai.types.fine_tuning.jobs.FineTuningJobCheckpoint``."""
+    """``openai.types.fine_tuning.jobs.FineTuningJobCheckpoint``; a metric that is no number is
+    left out."""
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created_at,
         "fine_tuned_model_checkpoint": checkpoint.name,
         "fine_tuning_job_id": checkpoint.job_id,
-        "metrics": checkpoint.metrics,
+        "metrics": {name: value for name, value in checkpoint.metrics.items() if value is not None},
         "step_number": checkpoint.step,
     }
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
-    """``openai.types.fine_tuning.FineTuningJobEvent``."""
+    """``openai.types.fine_tuning.FineTuningJobEvent``; ``data`` of a message is empty."""
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
@@ -114,7 +122,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
         "level": event.level,
         "message": event.message,
         "type": event.type,
-        "data": event.data,
+        "data": event.data or {},
     }
 
 

@@ -15,11 +15,9 @@ _FILE: dict[str, Any] = {
     "object": "file",
     "bytes": 52431,
     "created_at": 1767225600,
-    "expires_at": None,
     "filename": "train.jsonl",
     "purpose": "fine-tune",
     "status": "processed",
-    "status_details": None,
 }
 _HYPERPARAMETERS: dict[str, Any] = {
     "n_epochs": 3,
@@ -74,6 +72,11 @@ _CHECKPOINT: dict[str, Any] = {
 }
 
 
+def left_out() -> Any:
+    """A field that is missing where it has no value."""
+    return Field(default_factory=lambda: None)
+
+
 class OpenAIErrorDetail(BaseModel):
     """``type`` is OpenAI's class of errors; ``param`` a path into the request."""
 
@@ -90,24 +93,26 @@ class OpenAIError(BaseModel):
 
 
 class FileObject(Listed):
-    """An uploaded file. Times are Unix seconds."""
+    """An uploaded file. Times are Unix seconds; ``expires_at`` is missing where there is none."""
 
     model_config = example(_FILE)
 
     object: Literal["file"]
     bytes: int
     created_at: int
-    expires_at: int | None
+    expires_at: int = left_out()
     filename: str
     purpose: str
     status: Literal["uploaded", "processed", "error"]
-    status_details: str | None
 
 
 class FilePage(Page[FileObject]):
-    """Files, and whether there are more after ``last_id``."""
+    """Files, and whether there are more after ``last_id``; the ids of an empty list are empty."""
 
     model_config = page_example(_FILE)
+
+    first_id: str
+    last_id: str
 
 
 class FileDeleted(BaseModel):
@@ -187,7 +192,7 @@ class FineTuningJobEvent(Listed):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"]
-    data: dict[str, Any] | None
+    data: dict[str, Any]
 
 
 class FineTuningJobEventPage(Page[FineTuningJobEvent]):
@@ -205,7 +210,7 @@ class FineTuningJobCheckpoint(Listed):
     created_at: int
     fine_tuned_model_checkpoint: str
     fine_tuning_job_id: str
-    metrics: dict[str, float | None]
+    metrics: dict[str, float]
     step_number: int
 
 
@@ -248,7 +253,7 @@ class FineTune(BaseModel):
     training_files: list[FileObject]
     validation_files: list[FileObject]
     updated_at: int
-    events: list[FineTuneEvent] | None = Field(default=None)
+    events: list[FineTuneEvent] = left_out()
 
 
 class FineTuneList(BaseModel):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flexllm_vllm.api.schemas import FileObject
+from flexllm_vllm.api.schemas import FileObject, left_out
 
 _UPLOAD: dict[str, Any] = {
     "id": "upload_Tq8LmBk3vZ1xW6cRdY2sNa9f",
@@ -37,7 +37,7 @@ class UploadObject(BaseModel):
     filename: str
     purpose: str
     status: Literal["pending", "completed", "cancelled", "expired"]
-    file: FileObject | None = None
+    file: FileObject = left_out()
 
 
 class UploadPartObject(BaseModel):

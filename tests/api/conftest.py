@@ -36,6 +36,7 @@ from flexllm_vllm.data import ExampleTokenizer
 from flexllm_vllm.jobs import JobStore
 from flexllm_vllm.scheduler.iterations import Iteration
 from tests.api.engine_stand_in import Engine
+from tests.api.openai_description import check
 
 
 def _toy_tokenizer() -> Any:
@@ -61,7 +62,11 @@ class Server:
     engine: Engine
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        """The stock client; every answer it gets is held against OpenAI's description."""
+        http_client = openai.DefaultHttpxClient(event_hooks={"response": [check]})
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http_client
+        )
 
 
 def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterService:

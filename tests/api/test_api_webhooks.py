@@ -25,6 +25,7 @@ from flexllm_vllm.api.tenants import Tenant, get_tenant
 from flexllm_vllm.api.webhook_sender import WebhookSender
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec
 from flexllm_vllm.jobs.names import adapter_name
+from tests.api.openai_description import faults
 
 EVENT_TYPES = [f"fine_tuning.job.{end}" for end in ("succeeded", "failed", "cancelled")]
 
@@ -239,6 +240,7 @@ def test_the_client_unwraps_a_delivery(process: Process, receiver: Receiver, end
     assert (event.type, event.data.id) == (f"fine_tuning.job.{end}", job_id)
     assert event.object == "event"
     assert event.created_at == process.store.get_job(job_id).finished_at
+    assert faults(json.loads(body), f"WebhookFineTuningJob{end.capitalize()}") == []
     if end == "succeeded":
         FineTuningJobSucceededWebhookEvent.model_validate(json.loads(body), strict=True)
     assert path == "/hook?token=in-the-url"
