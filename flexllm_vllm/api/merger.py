@@ -131,7 +131,8 @@ class Merger:
         )
         job.write(partial / "merge.json")
         with (partial / "stderr").open("w+b") as errors:
-            process = await asyncio.to_thread(_start, partial / "merge.json", errors)
+            # Without an await: one that is cancelled would leave a process that nobody ends.
+            process = _start(partial / "merge.json", errors)
             try:
                 await self._wait(merge, process)
             finally:

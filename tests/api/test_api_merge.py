@@ -143,7 +143,6 @@ def test_a_server_that_ends_lets_its_merge_go(
     def start_stopped(*arguments: Any) -> Any:
         processes.append(start(*arguments))
         processes[-1].send_signal(signal.SIGSTOP)  # it takes its time
-        time.sleep(0.3)  # so that the server ends even before it is told of the process
         return processes[-1]
 
     monkeypatch.setattr(merger_module, "_start", start_stopped)
