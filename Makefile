@@ -11,7 +11,7 @@ demo: model  ## train an adapter while the server answers, then talk to it
 serve: model  ## the same server, kept running
 	@$(PY) -m examples.serve
 
-test: model  ## the whole suite: unit tests, then tests with the real engine
+test: model .venv/openai-0.28  ## the whole suite: unit tests, then tests with the real engine
 	$(PY) -m pytest
 
 lint: setup
@@ -30,6 +30,12 @@ bench-coserve: model  ## inference and finetuning at once, against the alternati
 
 simulate: setup  ## hours of traffic through the scheduler, without a model behind it
 	$(PY) -m benchmarks.simulate
+
+# The last client that knew /v1/fine_tunes, for a test of it.
+.venv/openai-0.28: | setup
+	@$(PY) -m venv $@.partial
+	@$@.partial/bin/python -m pip install --quiet --disable-pip-version-check openai==0.28
+	@mv $@.partial $@
 
 model: setup
 	@$(PY) setup/demo_model.py

@@ -1,4 +1,7 @@
-"""``/v1/fine_tunes``: the same jobs in the form of OpenAI's API before ``fine_tuning/jobs``."""
+"""``/v1/fine_tunes``: the same jobs in the form of OpenAI's API before ``fine_tuning/jobs``.
+
+OpenAI documented that path; its last client for it, 0.28, calls ``/v1/fine-tunes``.
+"""
 
 import asyncio
 from typing import Any
@@ -26,15 +29,13 @@ from flexllm_vllm.jobs.event_types import JobEvent
 from flexllm_vllm.jobs.file_types import StoredFile
 from flexllm_vllm.jobs.types import FinetuningJob
 
-router = APIRouter(
-    prefix="/v1/fine_tunes", route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS
-)
+_routes = APIRouter(route_class=OpenAIRoute, tags=["finetuning"], responses=ERRORS)
 
 # The old API has no pages.
 _ALL = 1_000_000
 
 
-@router.post("", responses=answers(FineTune))
+@_routes.post("", responses=answers(FineTune))
 async def create_fine_tune(
     body: LegacyJobCreateRequest,
     service: Service,
@@ -57,27 +58,27 @@ async def create_fine_tune(
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.get("", responses=answers(FineTuneList))
+@_routes.get("", responses=answers(FineTuneList))
 async def list_fine_tunes(service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """All jobs, oldest first."""
     return {"object": "list", "data": await asyncio.to_thread(_all, service, tenant)}
 
 
-@router.get("/{job_id}", responses=answers(FineTune))
+@_routes.get("/{job_id}", responses=answers(FineTune))
 async def get_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """One job with its events."""
     job = await asyncio.to_thread(service.store.get_job, job_id, tenant.organization_id)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.post("/{job_id}/cancel", responses=answers(FineTune))
+@_routes.post("/{job_id}/cancel", responses=answers(FineTune))
 async def cancel_fine_tune(job_id: str, service: Service, tenant: CurrentTenant) -> dict[str, Any]:
     """Cancel: a queued job at once, a running one at its next step."""
     job = await asyncio.to_thread(service.store.request_cancel, job_id, tenant.organization_id)
     return await asyncio.to_thread(_with_events, service, job, tenant)
 
 
-@router.get(
+@_routes.get(
     "/{job_id}/events",
     response_model=None,
     responses=answers_or_streams(FineTuneEventList),
@@ -119,3 +120,8 @@ def _events(service: FinetuningService, job_id: str, tenant: Tenant) -> list[Job
         job_id, limit=_ALL, organization_id=tenant.organization_id
     )
     return events[::-1]
+
+
+router = APIRouter()
+router.include_router(_routes, prefix="/v1/fine_tunes")
+router.include_router(_routes, prefix="/v1/fine-tunes", include_in_schema=False)

@@ -9,6 +9,7 @@ PREFIXES = (
     "/v1/uploads",
     "/v1/fine_tuning",
     "/v1/fine_tunes",
+    "/v1/fine-tunes",
     "/v1/finetuning",
     "/v1/webhook_endpoints",
     "/v1/webhook_event_types",
