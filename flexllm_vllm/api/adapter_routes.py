@@ -1,7 +1,6 @@
 """``/v1/finetuning/adapters``: list, import, export and delete adapters."""
 
 import asyncio
-import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,15 +9,15 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from flexllm_vllm.api.adapter_objects import AdapterDeleted, AdapterObject, AdapterPage
-from flexllm_vllm.api.adapter_removal import remove_path
 from flexllm_vllm.api.adapter_service import AdapterService, adapter_object
 from flexllm_vllm.api.dependencies import Adapters
-from flexllm_vllm.api.errors import ApiError, OpenAIRoute
+from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.multipart import announced_bytes, read_form
 from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
-from flexllm_vllm.jobs.names import new_id
+from flexllm_vllm.api.workers import run_long
 
 
 @asynccontextmanager
@@ -72,33 +71,21 @@ _ARCHIVE: dict[int | str, dict[str, Any]] = {
 
 @router.post("", openapi_extra=_FORM)
 async def import_adapter(
-    request: Request, service: Adapters, tenant: CurrentTenant
+    request: Request,
+    service: Adapters,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
 ) -> AdapterObject:
     """Upload the ``tar.gz`` of a PEFT folder; it is checked against the base model and served."""
-    limit = service.max_archive_bytes
-    _check_size(announced_bytes(request), limit)
-    folder = service.store.adapters_folder
-    partial = folder / f".{new_id('upload')}"
+    key = idempotency_key
+    archive = await asyncio.to_thread(service.begin_archive, announced_bytes(request), tenant, key)
     try:
-        with partial.open("xb") as file:
-
-            def write(piece: memoryview) -> None:
-                _check_size(file.tell() + len(piece), limit)
-                file.write(piece)
-
-            form = await read_form(request, "file", ("suffix",), write)
-        return await asyncio.to_thread(
-            lambda: adapter_object(
-                service.import_archive(partial, form.fields.get("suffix"), tenant)
-            )
+        form = await read_form(request, "file", ("suffix",), archive.write)
+        return adapter_object(
+            await run_long(service.import_archive, archive, form.fields.get("suffix"), tenant, key)
         )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = "The disk of this server is full"
-        raise ApiError(507, message, None, "insufficient_storage") from error
     finally:
-        await asyncio.to_thread(remove_path, partial)
+        await archive.aclose()
 
 
 @router.get("")
@@ -137,9 +124,3 @@ async def delete_adapter(name: str, service: Adapters, tenant: CurrentTenant) ->
     """Delete an adapter that no unfinished job or merge needs."""
     await service.delete(name, tenant)
     return AdapterDeleted(id=name)
-
-
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        message = f"The archive is above this server's limit of {limit} bytes"
-        raise ApiError(413, message, "file", "too_large")

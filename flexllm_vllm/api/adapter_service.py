@@ -1,10 +1,12 @@
 """What the routes of adapters and merges do, without HTTP."""
 
 import asyncio
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,10 +19,15 @@ from flexllm_vllm.adapter_files.errors import AdapterFileError
 from flexllm_vllm.api.adapter_objects import AdapterObject, MergeCreateRequest
 from flexllm_vllm.api.adapter_removal import AdapterRemover
 from flexllm_vllm.api.errors import ApiError, invalid
+from flexllm_vllm.api.idempotency import create_once
+from flexllm_vllm.api.limits import LimitedFile, Limits, check_size
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.tenants import Tenant
 from flexllm_vllm.jobs.adapter_types import AdapterMerge, ServedAdapter
+from flexllm_vllm.jobs.content import PartialFile
+from flexllm_vllm.jobs.disk import DiskSpace
 from flexllm_vllm.jobs.errors import AdapterNotFoundError
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 from flexllm_vllm.jobs.names import adapter_name, check_suffix, new_id
 from flexllm_vllm.jobs.store import JobStore
 
@@ -40,6 +47,7 @@ class AdapterService:
         base_models: served names of the base model; imports get the first.
         base: its linear layers.
         max_lora_rank: of what can be served.
+        limits: how much this server takes in.
     """
 
     store: JobStore
@@ -48,6 +56,11 @@ class AdapterService:
     max_lora_rank: int
     remover: AdapterRemover
     merger: Merger
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def _disk(self) -> DiskSpace:
+        return DiskSpace(self.store.root, self.limits.max_disk_bytes)
 
     @property
     def max_archive_bytes(self) -> int:
@@ -75,12 +88,51 @@ class AdapterService:
         adapter = await asyncio.to_thread(self.store.adapters.delete, name, tenant.organization_id)
         await self.remover.unload(adapter.int_id)
 
-    def import_archive(self, archive: Path, suffix: str | None, tenant: Tenant) -> ServedAdapter:
-        """Check an uploaded archive and serve what is in it.
+    def begin_archive(
+        self, announced: int, tenant: Tenant, idempotency_key: str | None = None
+    ) -> LimitedFile:
+        """A place for an archive of at least ``announced`` bytes, to be written and then given to
+        :meth:`import_archive`.
+
+        Raises:
+            ApiError, QuotaExceededError, InsufficientStorageError: there is none.
+        """
+        check_size(announced, self.max_archive_bytes, "file")
+        if idempotency_key is None:  # with one, the adapter may be there and counted already
+            self.store.adapters.check_quotas(tenant.organization_id, tenant.quotas)
+        self._disk.check(announced)
+        partial = PartialFile(self.store.adapters_folder, new_id("upload"))
+        return LimitedFile(partial, self.max_archive_bytes, "file", self._disk)
+
+    def import_archive(
+        self,
+        archive: LimitedFile,
+        suffix: str | None,
+        tenant: Tenant,
+        idempotency_key: str | None = None,
+    ) -> ServedAdapter:
+        """Check an uploaded archive and serve what is in it, once for each idempotency key.
 
         Raises:
             ApiError: names what is wrong with the archive, its member or tensor.
+            QuotaExceededError, InsufficientStorageError: others came first.
         """
+        archive.partial.sync()
+        with archive.partial.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return create_once(
+            self.store,
+            tenant,
+            "adapters",
+            idempotency_key,
+            lambda: json.dumps([suffix, digest]).encode(),
+            lambda claim: self._import(archive.partial.path, suffix, tenant, claim),
+            lambda name: self.get(name, tenant),
+        )
+
+    def _import(
+        self, archive: Path, suffix: str | None, tenant: Tenant, claim: IdempotencyClaim | None
+    ) -> ServedAdapter:
         if suffix:
             try:
                 check_suffix(suffix)
@@ -90,15 +142,17 @@ class AdapterService:
         partial = Path(tempfile.mkdtemp(prefix=".import-", dir=self.store.adapters_folder))
         folder = self.store.adapters_folder / adapter_id
         base_model = self.base_models[0]
-        name = adapter_name(base_model, tenant.organization_id, suffix, adapter_id)
+        organization = tenant.organization_id
+        name = adapter_name(base_model, organization, suffix, adapter_id)
         try:
             with archive.open("rb") as file:
                 extract_adapter(file, partial, self.max_archive_bytes)
             config = check_adapter(partial, self.base, self.max_lora_rank)
             name_targets(partial, config, self.base)
+            self._disk.check()
             publish(partial, folder)
             return self.store.adapters.add(
-                name, folder, base_model, "import", tenant.organization_id
+                name, folder, base_model, "import", organization, tenant.quotas, claim
             )
         except AdapterFileError as error:
             message = f"The adapter cannot be imported: {error}"
@@ -128,13 +182,30 @@ class AdapterService:
             raise ApiError(500, reason, None, "adapter_unreadable") from error
         return pack(files, adapter.created_at)
 
-    def create_merge(self, request: MergeCreateRequest, tenant: Tenant) -> AdapterMerge:
-        """Queue a merge.
+    def create_merge(
+        self, request: MergeCreateRequest, tenant: Tenant, idempotency_key: str | None = None
+    ) -> AdapterMerge:
+        """Queue a merge, once for each idempotency key.
 
         Raises:
             ApiError: its adapters cannot be merged in this way.
             TooManyMergesError: too many wait.
+            QuotaExceededError, InsufficientStorageError: there is no room for its result.
         """
+        return create_once(
+            self.store,
+            tenant,
+            "merges",
+            idempotency_key,
+            lambda: request.model_dump_json().encode(),
+            lambda claim: self._create_merge(request, tenant, claim),
+            lambda merge_id: self.store.merges.get(merge_id, tenant.organization_id),
+        )
+
+    def _create_merge(
+        self, request: MergeCreateRequest, tenant: Tenant, claim: IdempotencyClaim | None
+    ) -> AdapterMerge:
+        organization = tenant.organization_id
         adapters = [self._merged(a.name, i, tenant) for i, a in enumerate(request.adapters)]
         bases = {a.base_model for a in adapters}
         if not bases <= set(self.base_models):
@@ -144,11 +215,13 @@ class AdapterService:
                 "adapters",
             )
         self._check_rank(request, [self._config(a, i) for i, a in enumerate(adapters)])
+        # Of `cat` the result is as large as all of them, otherwise it is smaller.
+        self._disk.check(sum(adapter_bytes(adapter) or 0 for adapter in adapters))
         merge_id = new_id("ftmerge")
         base_model = adapters[0].base_model
-        name = adapter_name(base_model, tenant.organization_id, request.suffix, merge_id)
+        name = adapter_name(base_model, organization, request.suffix, merge_id)
         return self.store.merges.create(
-            merge_id, name, base_model, request.spec(), tenant.organization_id
+            merge_id, name, base_model, request.spec(), organization, tenant.quotas, claim
         )
 
     def _merged(self, name: str, index: int, tenant: Tenant) -> ServedAdapter:
@@ -198,12 +271,11 @@ class AdapterService:
 def adapter_object(adapter: ServedAdapter) -> AdapterObject:
     """The object of an adapter, with what its files say."""
     folder = Path(adapter.path)
-    r = alpha = modules = size = None
+    r = alpha = modules = None
     try:
         config = read_config(folder)
         r, alpha = config.r, config.lora_alpha
         modules = None if config.target_modules is None else sorted(config.target_modules)
-        size = sum((folder / name).stat().st_size for name in _FILES)
     except (OSError, AdapterFileError):
         pass
     return AdapterObject(
@@ -215,6 +287,14 @@ def adapter_object(adapter: ServedAdapter) -> AdapterObject:
         r=r,
         lora_alpha=alpha,
         target_modules=modules,
-        bytes=size,
+        bytes=adapter_bytes(adapter),
         organization_id=adapter.organization_id,
     )
+
+
+def adapter_bytes(adapter: ServedAdapter) -> int | None:
+    """Size of an adapter's files, or None where they are not all there."""
+    try:
+        return sum((Path(adapter.path) / name).stat().st_size for name in _FILES)
+    except OSError:
+        return None

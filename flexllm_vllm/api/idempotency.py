@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import Header
 
@@ -23,12 +23,7 @@ IdempotencyKey = Annotated[
 ]
 
 
-class _HasId(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Created = TypeVar("Created", bound=_HasId)
+Created = TypeVar("Created")
 
 
 def create_once(
@@ -45,7 +40,8 @@ def create_once(
     Args:
         route: keys of different routes are different keys.
         fingerprint: the same for requests that are the same.
-        create: may complete the claim itself, in the transaction that creates.
+        create: completes the claim in the transaction that creates: with the id of what it has
+            created, which a process that dies then has created for its key.
         get: the object of an id.
 
     Raises:
@@ -63,9 +59,7 @@ def create_once(
             message = f"This Idempotency-Key created {object_id}, which was deleted since"
             raise ApiError(409, message, "Idempotency-Key", "idempotency_key_in_use") from None
     try:
-        created = create(claim)
+        return create(claim)
     except BaseException:
         store.idempotency.release(claim)
         raise
-    store.idempotency.complete(claim, created.id)
-    return created

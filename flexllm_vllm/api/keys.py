@@ -35,6 +35,7 @@ class _Quotas(_Strict):
     max_jobs: _Count | None = None
     max_files: _Count | None = None
     max_bytes: _Count | None = None
+    max_adapters: _Count | None = None
     max_trained_tokens: _Count | None = None
     max_scheduling_weight: Annotated[float, Field(gt=0, le=1000)] | None = None
 

@@ -12,6 +12,7 @@ from flexllm_vllm.api.adapter_objects import (
 )
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import OpenAIRoute
+from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.pages import Limit
 from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
@@ -23,11 +24,16 @@ router = APIRouter(
 
 @router.post("/merge")
 async def create_merge(
-    body: MergeCreateRequest, service: Adapters, tenant: CurrentTenant
+    body: MergeCreateRequest,
+    service: Adapters,
+    tenant: CurrentTenant,
+    idempotency_key: IdempotencyKey = None,
 ) -> MergeObject:
     """Merge adapters into a new one, in the background, as
     ``peft.LoraModel.add_weighted_adapter`` does."""
-    return merge_object(await asyncio.to_thread(service.create_merge, body, tenant))
+    return merge_object(
+        await asyncio.to_thread(service.create_merge, body, tenant, idempotency_key)
+    )
 
 
 @router.get("/merges")

@@ -29,6 +29,7 @@ from flexllm_vllm.api import (
 from flexllm_vllm.api.adapter_removal import AdapterRemover
 from flexllm_vllm.api.adapter_service import AdapterService
 from flexllm_vllm.api.adapters import ServedAdapters, serve_adapters
+from flexllm_vllm.api.housekeeping import Housekeeping
 from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.merger import Merger
 from flexllm_vllm.api.metrics import FinetuningMetrics, attach_metrics, count_queued_jobs
@@ -110,13 +111,15 @@ class FinetuningEndpointPlugin:
             limits=Limits.from_config(config),
             trackers=trackers,
         )
-        # The router in webhooks.py runs it as long as the application lives.
+        # The router in files.py runs it as long as the application lives.
+        state.finetuning_housekeeping = Housekeeping(store)
+        # The router in webhooks.py runs it likewise.
         state.finetuning_webhooks = WebhookSender(store, config.webhook_allow_private)
         # The router in fine_tuning.py runs it likewise.
         state.finetuning_tracking = Tracking(store, trackers)
-        # The router in adapter_routes.py runs its tasks as long as the application lives.
+        # The router in adapter_routes.py runs its tasks likewise.
         state.finetuning_adapters = _adapter_service(
-            engine_client, store, state.finetuning.base_models, config.max_lora_rank
+            engine_client, store, state.finetuning.base_models, config
         )
         if getattr(engine_client, "log_stats", True):  # --disable-log-stats is for us too
             state.finetuning_metrics = await asyncio.to_thread(
@@ -126,7 +129,7 @@ class FinetuningEndpointPlugin:
 
 
 def _adapter_service(
-    engine_client: Any, store: JobStore, base_models: tuple[str, ...], max_lora_rank: int
+    engine_client: Any, store: JobStore, base_models: tuple[str, ...], config: FinetuningConfig
 ) -> AdapterService:
     base = llama_linears(engine_client.vllm_config.model_config.hf_text_config)
 
@@ -141,9 +144,10 @@ def _adapter_service(
         store=store,
         base_models=base_models,
         base=base,
-        max_lora_rank=max_lora_rank,
+        max_lora_rank=config.max_lora_rank,
+        limits=Limits.from_config(config),
         remover=AdapterRemover(store, in_use, unload),
-        merger=Merger(store, base_models, base, max_lora_rank),
+        merger=Merger(store, base_models, base, config.max_lora_rank),
     )
 
 

@@ -9,8 +9,9 @@ import hashlib
 import hmac
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
@@ -46,6 +47,8 @@ RETRY_DELAYS_S = (
 # Share of a delay that is left to chance: what failed together shall not come together again.
 JITTER = 0.2
 TIMEOUT_S = 10.0
+# Of what an endpoint asks for with ``Retry-After``.
+MAX_WAIT_S = 24 * _HOUR
 # Attempts that this process makes at once.
 MAX_IN_FLIGHT = 16
 # Between looks at the store, of some microseconds each.
@@ -64,6 +67,17 @@ def sign(secrets: Sequence[str], webhook_id: str, timestamp: int, body: str) -> 
     keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets]
     digests = [hmac.new(key, signed, hashlib.sha256).digest() for key in keys]
     return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float:
+    """Seconds that an answer asks to wait: a number, or until a date (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 class WebhookSender:
@@ -119,7 +133,8 @@ class WebhookSender:
             SendError: there was none.
         """
         body = event_text(webhook_event(event_type, "ftjob-test", int(time.time())))
-        return await self._post(endpoint.url, endpoint.secrets, new_webhook_id(), body)
+        status, _ = await self._post(endpoint.url, endpoint.secrets, new_webhook_id(), body)
+        return status
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -173,7 +188,9 @@ class WebhookSender:
 
     async def _deliver(self, delivery: WebhookDelivery) -> None:
         try:
-            status = await self._post(delivery.url, delivery.secrets, delivery.id, delivery.body)
+            status, wait_s = await self._post(
+                delivery.url, delivery.secrets, delivery.id, delivery.body
+            )
         except SendError as error:
             await self._failed(delivery, str(error))
             return
@@ -184,14 +201,16 @@ class WebhookSender:
             await asyncio.to_thread(self._deliveries.give_up_endpoint, delivery.endpoint_id, reason)
             logger.warning("webhook endpoint %s is gone (HTTP 410)", delivery.endpoint_id)
         else:
-            await self._failed(delivery, f"HTTP status {status}")
+            await self._failed(delivery, f"HTTP status {status}", wait_s)
 
-    async def _failed(self, delivery: WebhookDelivery, reason: str) -> None:
+    async def _failed(self, delivery: WebhookDelivery, reason: str, wait_s: float = 0.0) -> None:
+        """``wait_s``: how long the endpoint asks us to wait, at least."""
         if delivery.attempt > len(self._retry_delays_s):
             await asyncio.to_thread(self._deliveries.give_up, delivery, reason)
             then = "it is given up"
         else:
             delay = self._retry_delays_s[delivery.attempt - 1] * (1 - JITTER * random.random())
+            delay = max(delay, min(wait_s, MAX_WAIT_S))
             await asyncio.to_thread(self._deliveries.retry, delivery, reason, round(delay))
             then = f"the next one follows in {delay:.0f} s"
         logger.warning(
@@ -203,8 +222,11 @@ class WebhookSender:
             then,
         )
 
-    async def _post(self, url: str, secrets: Sequence[str], webhook_id: str, body: str) -> int:
-        """The HTTP status of the answer; its body is not read."""
+    async def _post(
+        self, url: str, secrets: Sequence[str], webhook_id: str, body: str
+    ) -> tuple[int, float]:
+        """The HTTP status of the answer, and the seconds of its ``Retry-After``; its body is not
+        read."""
         timestamp = int(time.time())
         headers = {
             "webhook-id": webhook_id,
@@ -219,7 +241,7 @@ class WebhookSender:
                     "POST", parse_url(url, self._allow_private), content=body, headers=headers
                 ) as response,
             ):
-                return response.status_code
+                return response.status_code, retry_after_s(response.headers)
         except (TimeoutError, httpx.TimeoutException):
             raise SendError(f"no answer within {TIMEOUT_S:.0f} s") from None
         except AddressError as error:

@@ -15,6 +15,8 @@ from flexllm_vllm.jobs.adapter_types import (
 )
 from flexllm_vllm.jobs.database import Database
 from flexllm_vllm.jobs.errors import AdapterInUseError, AdapterNotFoundError, CursorNotFoundError
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim, complete_claim
+from flexllm_vllm.jobs.quotas import Quotas, check_adapter_quotas
 from flexllm_vllm.jobs.rows import adapter_from_row, now
 from flexllm_vllm.jobs.types import JobStatus
 
@@ -35,14 +37,35 @@ class AdapterStore:
         base_model: str,
         source: AdapterSource,
         organization_id: str = schema.LOCAL_ORGANIZATION,
+        quotas: Quotas | None = None,
+        claim: IdempotencyClaim | None = None,
     ) -> ServedAdapter:
         """Serve a PEFT folder under a name; the id that vLLM loads it by is new.
 
+        Args:
+            quotas: of the organization.
+            claim: is completed with the name.
+
         Raises:
             sqlalchemy.exc.IntegrityError: the name is taken.
+            QuotaExceededError: it would be one too many.
         """
         with self._database.write() as connection:
+            if quotas is not None:
+                check_adapter_quotas(connection, organization_id, quotas)
+            if claim is not None:
+                complete_claim(connection, claim, name)
             return add_adapter(connection, name, path, base_model, source, organization_id)
+
+    def check_quotas(self, organization_id: str, quotas: Quotas) -> None:
+        """Whether the organization may have one adapter more; to be asked before it is read, since
+        :meth:`add` asks after it.
+
+        Raises:
+            QuotaExceededError: it may not.
+        """
+        with self._database.read() as connection:
+            check_adapter_quotas(connection, organization_id, quotas)
 
     def get(self, name: str, organization_id: str | None = None) -> ServedAdapter | None:
         """The adapter of this name; ``organization_id`` limits the look to one tenant."""

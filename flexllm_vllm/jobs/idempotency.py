@@ -32,9 +32,21 @@ class IdempotencyKeys:
         self._database = database
         self._owner = owner
 
+    def sweep(self) -> None:
+        """Forget the keys of the time before."""
+        over = schema.idempotency_keys.c.created_at < now() - KEPT_S
+        with self._database.read() as connection:
+            if (
+                connection.scalar(select(schema.idempotency_keys.c.seq).where(over).limit(1))
+                is None
+            ):
+                return
+        with self._database.write() as connection:
+            connection.execute(delete(schema.idempotency_keys).where(over))
+
     def claim(self, claim: IdempotencyClaim, request_hash: str) -> str | None:
         """The id of the object that a request with this key has created; None: none has, and it is
-        now the caller's to create it and to call :meth:`complete`, or :meth:`release`.
+        now the caller's to create it and to call :func:`complete_claim`, or :meth:`release`.
 
         Raises:
             IdempotencyConflictError: the key belongs to another request.
@@ -64,11 +76,6 @@ class IdempotencyKeys:
             connection.execute(insert(table).values(**values))
         return None
 
-    def complete(self, claim: IdempotencyClaim, object_id: str) -> None:
-        """The object that was created for a claimed key."""
-        with self._database.write() as connection:
-            complete_claim(connection, claim, object_id)
-
     def release(self, claim: IdempotencyClaim) -> None:
         """Nothing was created for a claimed key: the request may be tried again."""
         table = schema.idempotency_keys
@@ -78,7 +85,8 @@ class IdempotencyKeys:
 
 
 def complete_claim(connection: Connection, claim: IdempotencyClaim, object_id: str) -> None:
-    """The same within the transaction that creates the object: both are there, or neither."""
+    """The object that was created for a claimed key. To be called within the transaction that
+    creates it: both are there, or neither."""
     table = schema.idempotency_keys
     connection.execute(update(table).where(*_where(claim)).values(object_id=object_id))
 

@@ -21,7 +21,9 @@ from flexllm_vllm.jobs.errors import (
     MergeNotFoundError,
     TooManyMergesError,
 )
+from flexllm_vllm.jobs.idempotency import IdempotencyClaim, complete_claim
 from flexllm_vllm.jobs.names import new_id
+from flexllm_vllm.jobs.quotas import Quotas, check_adapter_quotas
 from flexllm_vllm.jobs.rows import merge_from_row, now
 from flexllm_vllm.jobs.types import JobError
 
@@ -47,15 +49,26 @@ class MergeStore:
         base_model: str,
         spec: MergeSpec,
         organization_id: str = schema.LOCAL_ORGANIZATION,
+        quotas: Quotas | None = None,
+        claim: IdempotencyClaim | None = None,
     ) -> AdapterMerge:
         """Queue a merge whose result will be served under ``name``.
+
+        Args:
+            quotas: of the organization.
+            claim: is completed with the merge's id.
 
         Raises:
             AdapterNotFoundError: one of its adapters was deleted meanwhile.
             TooManyMergesError: too many wait.
+            QuotaExceededError: its result would be one adapter too many.
         """
         table, adapters = schema.merges, schema.adapters
         with self._database.write() as connection:
+            if quotas is not None:
+                check_adapter_quotas(connection, organization_id, quotas)
+            if claim is not None:
+                complete_claim(connection, claim, merge_id)
             for wanted in spec.adapters:
                 known = select(adapters.c.seq).where(
                     adapters.c.name == wanted.name, adapters.c.organization_id == organization_id

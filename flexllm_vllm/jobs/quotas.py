@@ -7,10 +7,12 @@ from safetensors import SafetensorError, safe_open
 from sqlalchemy import Connection, func, select, true
 
 from flexllm_vllm.jobs import schema
+from flexllm_vllm.jobs.adapter_types import MergeStatus
 from flexllm_vllm.jobs.errors import QuotaExceededError
 from flexllm_vllm.jobs.file_types import UploadStatus
 from flexllm_vllm.jobs.types import JobStatus, NewJob
 
+_UNFINISHED_MERGE = tuple(status.value for status in MergeStatus if not status.finished)
 _UNFINISHED = tuple(status.value for status in JobStatus if not status.finished)
 
 
@@ -22,6 +24,7 @@ class Quotas:
         max_jobs: jobs that have not finished.
         max_files: stored files.
         max_bytes: their size together.
+        max_adapters: imported and merged adapters, with merges that have not finished.
         max_trained_tokens: tokens of all its jobs together: of those that have finished what they
             have trained, of the others what they are going to train.
         max_scheduling_weight: the largest ``scheduling_weight`` of a job.
@@ -30,6 +33,7 @@ class Quotas:
     max_jobs: int | None = None
     max_files: int | None = None
     max_bytes: int | None = None
+    max_adapters: int | None = None
     max_trained_tokens: int | None = None
     max_scheduling_weight: float | None = None
 
@@ -61,6 +65,25 @@ def check_file_quotas(
             quotas.max_bytes,
             f"{size} bytes are stored and this file would add {new_bytes}; delete a file first",
         )
+
+
+def check_adapter_quotas(connection: Connection, organization_id: str, quotas: Quotas) -> None:
+    """Whether the organization may import or merge one adapter more.
+
+    Raises:
+        QuotaExceededError: names the quota.
+    """
+    if quotas.max_adapters is None:
+        return
+    count = 0
+    for table, counted in (
+        (schema.adapters, schema.adapters.c.source.in_(("import", "merge"))),
+        (schema.merges, schema.merges.c.status.in_(_UNFINISHED_MERGE)),
+    ):
+        query = select(func.count()).where(counted, table.c.organization_id == organization_id)
+        count += connection.scalar(query) or 0
+    if count >= quotas.max_adapters:
+        raise QuotaExceededError("max_adapters", quotas.max_adapters, "delete an adapter first")
 
 
 def check_job_quotas(

@@ -365,9 +365,12 @@ class JobStore(JobQueue):
     # -- content on disk -------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Remove the content of files and uploads whose time is over."""
+        """Remove what is over: files and uploads with their content, deliveries of webhooks and
+        idempotency keys."""
         self.files.sweep()
         self.uploads.sweep()
+        self.webhooks.deliveries.sweep()
+        self.idempotency.sweep()
 
     def clean_up(self) -> None:
         """The same, and what processes that died left. To be called when a server starts."""

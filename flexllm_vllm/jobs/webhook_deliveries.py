@@ -9,7 +9,7 @@ import json
 import secrets
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from flexllm_vllm.jobs import schema
 from flexllm_vllm.jobs.database import Database
@@ -25,6 +25,8 @@ EVENT_TYPES = tuple(
 
 # Seconds that an attempt may take, its report to the store included; then it counts as lost.
 LEASE_S = 60
+# How long a delivery that has ended is kept, for whoever asks what became of it.
+REMEMBERED_S = 30 * 24 * 3600
 
 _FREE: dict[str, Any] = {"claimed_by": None, "claimed_until": None}
 
@@ -136,6 +138,19 @@ class DeliveryQueue:
         done = {"next_attempt_at": None, "last_error": reason}
         with self._database.write() as connection:
             connection.execute(update(table).where(*pending).values(**done, **_FREE))
+
+    def sweep(self) -> None:
+        """Forget what was delivered or given up long ago."""
+        table = schema.webhook_deliveries
+        over = (
+            table.c.next_attempt_at.is_(None),
+            func.coalesce(table.c.delivered_at, table.c.created_at) <= now() - REMEMBERED_S,
+        )
+        with self._database.read() as connection:
+            if connection.scalar(select(table.c.seq).where(*over).limit(1)) is None:
+                return
+        with self._database.write() as connection:
+            connection.execute(delete(table).where(*over))
 
     def release(self, delivery: WebhookDelivery) -> None:
         """The attempt was broken off and does not count; any process may begin it again."""

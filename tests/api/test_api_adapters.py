@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.peft_helper import PEFTHelper
 
 from flexllm_vllm.api import adapter_service
+from flexllm_vllm.api.limits import Limits
+from flexllm_vllm.jobs import disk
 
 Import = Callable[..., httpx.Response]
 
@@ -189,6 +191,41 @@ def test_a_bad_tensor_is_named(server: Any, bring: Import, tmp_path: Path) -> No
 def test_a_rank_beyond_the_servers_is_refused(bring: Import, tmp_path: Path) -> None:
     source = save_random_adapter(tmp_path / "source", r=33, target_modules=["q_proj"])
     assert "--finetuning-max-lora-rank" in refused(bring(archive_of(source)))["message"]
+
+
+def test_an_import_that_is_repeated_is_made_once(
+    server: Any, bring: Import, tmp_path: Path
+) -> None:
+    archive = archive_of(save_random_adapter(tmp_path / "source", target_modules=["q_proj"]))
+
+    def imported(**fields: str) -> httpx.Response:
+        files = {"file": ("adapter.tar.gz", archive, "application/gzip")}
+        url, headers = f"{server.url}/v1/finetuning/adapters", {"Idempotency-Key": "1"}
+        return httpx.post(url, files=files, data=fields, headers=headers)
+
+    first = imported(suffix="a").json()
+    assert imported(suffix="a").json() == first
+    assert refused(imported(suffix="b"), 409)["code"] == "idempotency_key_in_use"
+    assert len(left(server)) == 1
+    httpx.delete(url_of(server, first["id"]))
+    assert "was deleted since" in refused(imported(suffix="a"), 409)["message"]
+
+
+@pytest.mark.parametrize("room", [0, 70_000])  # none, and not for what is in it
+def test_an_import_needs_room_on_the_disk(
+    server: Any, bring: Import, tmp_path: Path, room: int
+) -> None:
+    source = save_random_adapter(tmp_path / "source", r=32)
+    tensors = load_file(source / "adapter_model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(zeros, source / "adapter_model.safetensors")
+    archive = archive_of(source)
+    assert len(archive) < 20_000
+    used = disk.folder_bytes(server.store.root)
+    server.adapters.limits = Limits(max_disk_bytes=used + room)
+    error = refused(bring(archive), 507)
+    assert (error["code"], error["param"]) == ("insufficient_storage", None)
+    assert left(server) == []
 
 
 def test_a_large_archive_is_refused(

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from sqlalchemy import select
 
-from flexllm_vllm.jobs import JobStore, idempotency
+from flexllm_vllm.api import fine_tuning
+from flexllm_vllm.jobs import JobStore, idempotency, schema
 from flexllm_vllm.jobs.idempotency import IdempotencyClaim
 
 Upload = Callable[..., str]
@@ -118,22 +120,28 @@ def test_a_key_of_a_process_that_died_is_free(server: Any, client: openai.OpenAI
 def test_a_job_and_its_key_are_stored_together(
     server: Any, client: openai.OpenAI, upload: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the process had died right after the job was stored."""
+    """The answer is lost right after the job was stored."""
     file_id = upload()
-    monkeypatch.setattr(server.store.idempotency, "complete", lambda *args: 1 / 0)
-    with pytest.raises(openai.InternalServerError):
-        create_job(client, file_id, "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(fine_tuning, "job_object", lambda *args: 1 / 0)
+        with pytest.raises(openai.InternalServerError):
+            create_job(client, file_id, "1")
     assert create_job(client, file_id, "1") == client.fine_tuning.jobs.list().data[0].id
     assert len(list(client.fine_tuning.jobs.list())) == 1
 
 
-def test_keys_are_kept_for_a_day(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_kept_for_a_day(
+    server: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = create_file(client, "1")
     today = idempotency.now()
     monkeypatch.setattr(idempotency, "now", lambda: today + 24 * 3600 - 60)
     assert create_file(client, "1") == first
     monkeypatch.setattr(idempotency, "now", lambda: today + 24 * 3600 + 60)
     assert create_file(client, "1") != first
+    server.store.sweep()
+    with server.store._database.read() as connection:
+        assert len(connection.execute(select(schema.idempotency_keys)).all()) == 1
 
 
 def test_the_key_of_a_deleted_object_stays_used(client: openai.OpenAI) -> None:

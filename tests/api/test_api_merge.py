@@ -16,11 +16,15 @@ from peft import PeftModel
 from peft_adapters import logits, save_random_adapter, tiny_llama
 
 from flexllm_vllm.api import merger as merger_module
+from flexllm_vllm.api.limits import Limits
 from flexllm_vllm.api.merger import Merger
-from flexllm_vllm.jobs import JobStore, MergeSpec, MergeStatus, WeightedAdapter
+from flexllm_vllm.jobs import JobStore, MergeSpec, MergeStatus, WeightedAdapter, disk
 
 A, B = "ft:demo:local::aaaa", "ft:demo:local::bbbb"
 BOTH = [{"name": A, "weight": 0.7}, {"name": B, "weight": 0.4}]
+
+
+Merge = Callable[..., httpx.Response]
 
 
 @pytest.fixture
@@ -35,15 +39,13 @@ def folders(server: Any) -> dict[str, Path]:
 
 
 @pytest.fixture
-def merge(server: Any) -> Callable[..., httpx.Response]:
-    def merge(**body: Any) -> httpx.Response:
+def merge(server: Any) -> Merge:
+    def merge(key: str | None = None, **body: Any) -> httpx.Response:
         body = {"adapters": BOTH, "method": "linear", **body}
-        return httpx.post(f"{server.url}/v1/finetuning/adapters/merge", json=body)
+        headers = {} if key is None else {"Idempotency-Key": key}
+        return httpx.post(f"{server.url}/v1/finetuning/adapters/merge", json=body, headers=headers)
 
     return merge
-
-
-Merge = Callable[..., httpx.Response]
 
 
 def finished(server: Any, merge_id: str) -> dict[str, Any]:
@@ -233,3 +235,27 @@ def test_adapters_that_cannot_be_merged_are_named(
 def test_an_unknown_merge_is_not_found(server: Any) -> None:
     answer = httpx.get(f"{server.url}/v1/finetuning/adapters/merges/ftmerge-none")
     assert "ftmerge-none" in error_of(answer, 404)[0]
+
+
+def test_a_merge_that_is_repeated_is_made_once(
+    server: Any, folders: dict[str, Path], merge: Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.store.merges, "claim", lambda **_: None)  # they wait
+    first = merge("1").json()
+    assert merge("1").json() == first
+    assert merge("2").json()["id"] != first["id"]
+    conflict = merge("1", method="cat")
+    assert (conflict.status_code, conflict.json()["error"]["code"]) == (
+        409,
+        "idempotency_key_in_use",
+    )
+
+
+def test_a_merge_needs_room_on_the_disk(
+    server: Any, folders: dict[str, Path], merge: Merge
+) -> None:
+    used = disk.folder_bytes(server.store.root)
+    server.adapters.limits = Limits(max_disk_bytes=used + 1000)
+    answer = merge()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "insufficient_storage")
+    assert server.store.merges.page() == ([], False)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -270,6 +271,30 @@ def test_a_failed_attempt_is_repeated_with_a_fresh_signature(
     timestamps = [headers["webhook-timestamp"] for _, _, headers, _ in requests]
     assert timestamps[1] > timestamps[0]
     assert requests[1][2]["webhook-signature"] != requests[0][2]["webhook-signature"]
+
+
+def test_a_receiver_may_ask_for_time(processes: Callable[..., Any], receiver: Receiver) -> None:
+    receiver.answers = [429]
+    receiver.headers = {"retry-after": "2"}
+    with processes(retry_delays_s=(0,)) as process:
+        create(process.client, receiver)
+        end_job(process.store)
+        first, second = receiver.wait(2)
+    assert 1 < second[0] - first[0] < 10
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("120", 120), ("", 0), ("soon", 0), ("-5", 0), ("9" * 30, 999_999_999), ("٣", 0)],
+)
+def test_retry_after_is_a_number(value: str, seconds: float) -> None:
+    assert webhook_sender.retry_after_s({"retry-after": value}) == seconds
+
+
+def test_retry_after_is_a_date() -> None:
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    assert 55 < webhook_sender.retry_after_s({"retry-after": in_a_minute}) <= 60
+    assert webhook_sender.retry_after_s({"retry-after": formatdate(0, usegmt=True)}) == 0
 
 
 def test_it_gives_up_in_the_end(processes: Callable[..., Any], receiver: Receiver) -> None:

@@ -12,6 +12,8 @@ from flexllm_vllm.jobs import (
     MergeNotFoundError,
     MergeSpec,
     MergeStatus,
+    QuotaExceededError,
+    Quotas,
     TooManyMergesError,
     WeightedAdapter,
 )
@@ -131,3 +133,21 @@ def test_a_merge_for_another_model_is_left_to_its_server(store: JobStore) -> Non
     assert store.merges.claim(models=["other"]) is None
     assert store.merges.any_unfinished(["demo", "alias"])
     assert claim(store, models=["demo", "alias"]).name == "ft:c"
+
+
+def test_a_merge_counts_as_the_adapter_that_it_makes(store: JobStore, tmp_path: Path) -> None:
+    """The two of the fixture are imports; what jobs have trained is not counted."""
+    quotas = Quotas(max_adapters=3)
+    create(store, quotas=quotas)
+    with pytest.raises(QuotaExceededError, match="max_adapters of 3"):
+        create(store, "ft:d", quotas=quotas)
+    with pytest.raises(QuotaExceededError):
+        store.adapters.check_quotas("local", quotas)
+    store.adapters.add("ft:trained", tmp_path, "demo", "job", quotas=Quotas(max_adapters=4))
+    store.merges.fail(claim(store), "merge_failed", "x")
+    store.adapters.add("ft:d", tmp_path, "demo", "import", quotas=quotas)
+    with pytest.raises(QuotaExceededError):
+        store.adapters.add("ft:e", tmp_path, "demo", "import", quotas=quotas)
+    store.adapters.check_quotas("other", quotas)
+    store.adapters.delete("ft:d")
+    create(store, "ft:e", quotas=quotas)

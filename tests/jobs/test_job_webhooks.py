@@ -17,6 +17,7 @@ from flexllm_vllm.jobs import (
     WebhookEndpointNotFoundError,
     WebhookLimitError,
     schema,
+    webhook_deliveries,
     webhooks,
 )
 from flexllm_vllm.jobs.webhook_deliveries import EVENT_TYPES
@@ -231,3 +232,22 @@ def test_secrets_are_in_no_repr_and_no_error(
     assert "UPDATE webhook_endpoints" in caplog.text
     assert endpoint.id in caplog.text
     assert secret not in caplog.text
+
+
+def test_what_was_delivered_is_forgotten_in_the_end(
+    store: JobStore, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_endpoint(store)
+    for _ in range(3):
+        store.request_cancel(add_job().id)
+    delivered, given_up, waiting = store.webhooks.deliveries.claim(3)
+    store.webhooks.deliveries.delivered(delivered)
+    store.webhooks.deliveries.give_up(given_up, "x")
+    store.webhooks.deliveries.retry(waiting, "x", 0)
+
+    store.sweep()
+    assert len(deliveries(store)) == 3
+    later = webhook_deliveries.now() + webhook_deliveries.REMEMBERED_S
+    monkeypatch.setattr(webhook_deliveries, "now", lambda: later)
+    store.sweep()
+    assert [delivery["id"] for delivery in deliveries(store)] == [waiting.id]
