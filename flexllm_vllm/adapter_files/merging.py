@@ -146,7 +146,9 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Merge what the command line names; the last line of standard error is the reason if not."""
-    os.nice(19)
+    # A tenth of a processor that inference keeps busy; at 19 it would be a hundredth, and a merge
+    # of half a minute would take half an hour.
+    os.nice(10)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -57,6 +57,12 @@ Settings = Annotated[
 Metadata = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="A pair to keep with the job.")
 ]
+WandbProject = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Send its metrics to this project of W&B.")
+]
+MlflowExperiment = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Send its metrics to this experiment of MLflow.")
+]
 
 
 @server_command(app, "create")
@@ -76,6 +82,8 @@ def create(
     beta: Beta = None,
     settings: Settings = None,
     metadata: Metadata = None,
+    wandb_project: WandbProject = None,
+    mlflow_experiment: MlflowExperiment = None,
     follow: Follow = False,
 ) -> None:
     """Upload TRAIN and start a job on it; with --follow show its progress until it ends."""
@@ -93,6 +101,14 @@ def create(
     request: dict[str, Any] = {"method": options.to_request()}
     if metadata:
         request["metadata"] = pairs(metadata, "--metadata")
+    integrations: list[dict[str, Any]] = []
+    if wandb_project is not None:
+        integrations.append({"type": "wandb", "wandb": {"project": wandb_project}})
+    if mlflow_experiment is not None:
+        mlflow = {"experiment_name": mlflow_experiment}
+        integrations.append({"type": "mlflow", "mlflow": mlflow})
+    if integrations:
+        request["integrations"] = integrations
     if suffix is not None:
         request["suffix"] = suffix
     if seed is not None:

@@ -59,12 +59,17 @@ def test_dpo_and_a_validation_file_are_asked_for(
         return job
 
     options = "--model demo --validation-file file-b --method dpo --beta 0.2 --set save_steps=5"
+    options += " --wandb-project orders --mlflow-experiment nightly"
     url = f"{serve(app)}/v1"
     assert run("jobs", "create", "file-a", *options.split(), "--base-url", url).exit_code == 0
     hyperparameters = {"beta": 0.2, "save_steps": 5}
     expected = {"model": "demo", "training_file": "file-a", "validation_file": "file-b"}
     method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
-    assert bodies == [{**expected, "method": method}]
+    integrations = [
+        {"type": "wandb", "wandb": {"project": "orders"}},
+        {"type": "mlflow", "mlflow": {"experiment_name": "nightly"}},
+    ]
+    assert bodies == [{**expected, "method": method, "integrations": integrations}]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_events_are_shown_in_the_order_of_time(
     assert lines[-1].endswith("warn: Something \N{REPLACEMENT CHARACTER}[2Jodd")
     result = run("jobs", "events", job_id, "--limit", 2, "--json")
     page = json.loads(result.out)
-    assert [event["data"] and event["data"]["step"] for event in page["data"]] == [3, None]
+    assert [event["data"] and event["data"]["step"] for event in page["data"]] == [3, {}]
     assert page["has_more"]
 
 
