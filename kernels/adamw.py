@@ -2,6 +2,8 @@
 
 import torch
 
+from flexllm_vllm.kernels.triton_support import use_triton
+
 
 def adamw(
     weights: torch.Tensor,
@@ -31,7 +33,7 @@ def adamw(
         betas, eps, weight_decay: of AdamW.
         max_grad_norm: 0 turns clipping off.
     """
-    if weights.is_cuda:
+    if use_triton(weights):
         from flexllm_vllm.kernels.triton import adamw as triton_adamw
 
         triton_adamw.adamw(

@@ -2,6 +2,8 @@
 
 import torch
 
+from flexllm_vllm.kernels.triton_support import use_triton
+
 
 def capture_rows(
     pool: torch.Tensor, slots: torch.Tensor, x: torch.Tensor, addend: torch.Tensor | None = None
@@ -15,7 +17,7 @@ def capture_rows(
         x: ``[num_tokens, width]``, elements of a row adjoining.
         addend: like ``x``: a residual that is kept apart.
     """
-    if pool.is_cuda:
+    if use_triton(pool):
         from flexllm_vllm.kernels.triton import capture
 
         capture.capture_rows(pool, slots, x, addend)

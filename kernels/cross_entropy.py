@@ -11,6 +11,7 @@ import torch
 
 from flexllm_vllm.kernels import native
 from flexllm_vllm.kernels.linear import input_gradient
+from flexllm_vllm.kernels.triton_support import use_triton
 
 # Positions a chunk holds: at a vocabulary of 50k a float32 chunk is 50 MB, large enough for an
 # efficient GEMM (128 rows are a tenth slower) and small beside the activation cache.
@@ -107,7 +108,7 @@ def softmax_cross_entropy(
         The gradient ``[num_tokens, vocab_size]`` in the dtype of ``logits``; without a meaning
         where ``scale`` is 0.
     """
-    if logits.is_cuda:
+    if use_triton(logits):
         from flexllm_vllm.kernels.triton import cross_entropy as on_gpu
 
         return on_gpu.softmax_cross_entropy(logits, targets, scale, logit_scale, into)

@@ -4,6 +4,7 @@ the forward again."""
 import torch
 
 from flexllm_vllm.kernels import native
+from flexllm_vllm.kernels.triton_support import use_triton
 
 # Queries a block holds. Scores exist for one block at a time, [heads, block, keys so far], and the
 # keys beyond the block's last query are never touched: half of the work of a full square.
@@ -76,7 +77,7 @@ def attention_backward(
     Returns:
         dQ ``[num_queries, num_heads, head_size]`` float32.
     """
-    if query.is_cuda:
+    if use_triton(query):
         from flexllm_vllm.kernels.triton import paged_attention
 
         return paged_attention.attention_backward(
@@ -157,7 +158,7 @@ def attention_forward(
     Returns:
         ``[num_queries, num_heads, head_size]`` in the dtype of ``query``.
     """
-    if query.is_cuda:
+    if use_triton(query):
         from flexllm_vllm.kernels.triton import paged_attention
 
         return paged_attention.attention_forward(

@@ -3,6 +3,7 @@
 import torch
 
 from flexllm_vllm.kernels import native
+from flexllm_vllm.kernels.triton_support import use_triton
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -16,7 +17,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         ``[num_tokens, hidden_size]`` in the dtype of ``x``; computed in float32.
     """
-    if x.is_cuda:
+    if use_triton(x):
         from flexllm_vllm.kernels.triton import rms_norm as on_gpu
 
         return on_gpu.rms_norm(x, weight, eps)
@@ -56,7 +57,7 @@ def rms_norm_backward(
     Returns:
         ``[num_tokens, hidden_size]`` float32.
     """
-    if x.is_cuda:
+    if use_triton(x):
         from flexllm_vllm.kernels.triton import rms_norm as on_gpu
 
         return on_gpu.rms_norm_backward(dy, x, weight, eps, residual)

@@ -6,6 +6,7 @@ The rotation is orthogonal, so the backward is the rotation by the negative angl
 import torch
 
 from flexllm_vllm.kernels import native
+from flexllm_vllm.kernels.triton_support import use_triton
 
 
 def apply_rotary(
@@ -28,7 +29,7 @@ def apply_rotary(
     Returns:
         ``out``, or a new tensor shaped and typed like ``x``.
     """
-    if x.is_cuda:
+    if use_triton(x):
         from flexllm_vllm.kernels.triton import rotary as on_gpu
 
         return on_gpu.apply_rotary(x, cos_sin, is_neox_style, inverse, out)

@@ -2,6 +2,8 @@
 
 import torch
 
+from flexllm_vllm.kernels.triton_support import use_triton
+
 
 def segmented_lora_backward(
     dy: torch.Tensor,
@@ -35,13 +37,29 @@ def segmented_lora_backward(
         db: float32 like ``b``, updated in place.
         dx: ``[num_tokens, in_features]`` contiguous, updated in place; None where nobody needs it.
     """
-    if dy.is_cuda:
+    if use_triton(dy):
         from flexllm_vllm.kernels.triton import segmented_lora
 
         segmented_lora.segmented_lora_backward(
             dy, x, a, b, scaling, starts, slots, longest, da, db, dx
         )
         return
+    segmented_lora_backward_torch(dy, x, a, b, scaling, starts, slots, da, db, dx)
+
+
+def segmented_lora_backward_torch(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: torch.Tensor,
+    starts: torch.Tensor,
+    slots: torch.Tensor,
+    da: torch.Tensor,
+    db: torch.Tensor,
+    dx: torch.Tensor | None,
+) -> None:
+    """:func:`segmented_lora_backward` in torch operations."""
     bounds = starts.tolist()
     for index, slot in enumerate(slots.tolist()):
         rows = slice(bounds[index], bounds[index + 1])

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from flexllm_vllm.kernels import native
+from flexllm_vllm.kernels.triton_support import use_triton
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -15,7 +16,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[num_tokens, intermediate_size]`` in the same dtype.
     """
-    if gate_up.is_cuda:
+    if use_triton(gate_up):
         from flexllm_vllm.kernels.triton import swiglu as on_gpu
 
         return on_gpu.swiglu(gate_up)
@@ -46,7 +47,7 @@ def swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tens
         The gradient ``[num_tokens, 2 * intermediate_size]`` and the product
         ``[num_tokens, intermediate_size]``, in the dtype of ``gate_up``.
     """
-    if gate_up.is_cuda:
+    if use_triton(gate_up):
         from flexllm_vllm.kernels.triton import swiglu as on_gpu
 
         return on_gpu.swiglu_backward(dy, gate_up)

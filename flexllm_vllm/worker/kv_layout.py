@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
+from flexllm_vllm.kernels import triton_support
 from flexllm_vllm.kernels.paged_attention import read_paged_kv
 
 
@@ -17,6 +18,11 @@ def check_kv_layout(
     runner: Any, kv_cache: torch.Tensor, num_kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> None:
     """Raises ValueError where ``read_paged_kv`` does not understand the cache."""
+    if triton_support.INTERPRETED:
+        raise ValueError(
+            "TRITON_INTERPRET=1 sends the operations of finetuning to Triton's interpreter, which "
+            "reads the KV cache as a GPU's; unset it"
+        )
     groups = runner.kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ValueError(

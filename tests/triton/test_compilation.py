@@ -3,19 +3,14 @@
 ``-s`` prints what ptxas makes of each: registers, shared memory, spills.
 """
 
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource, compile
+import torch
+from compiling import compile_kernel
 
 from flexllm_vllm.kernels.triton import (
     adamw,
@@ -30,11 +25,10 @@ from flexllm_vllm.kernels.triton import (
 
 # dtype of activations -> what each argument is; "x" stands for a pointer to activations.
 LORA = {"ROWS": segmented_lora.ROWS, "COLUMNS": segmented_lora.COLUMNS, "RANK": 16}
-ATTENTION = {"QUERIES": paged_attention.QUERIES, "KEYS": paged_attention.KEYS, "WIDTH": 128}
 ATTENTION_TYPES = (
     dict.fromkeys(("query", "d_out", "cache"), "*x")
     | dict.fromkeys(("row_norm", "row_delta", "dq", "dk", "dv"), "*fp32")
-    | {"blocks": "*i64", "scale": "fp32", "soft_cap": "fp32"}
+    | {"out": "*x", "blocks": "*i64", "scale": "fp32", "soft_cap": "fp32"}
 )
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     ("rms_norm", rms_norm.rms_norm_kernel, {"x": "*x", "weight": "*x", "y": "*x", "eps": "fp32"},
@@ -65,51 +59,39 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
      {"left": "*x", "right": "*x", "gradient": "*fp32", "starts": "*i32", "slots": "*i32"}, LORA),
     ("lora_expand", segmented_lora.expand_kernel,
      {"g": "*x", "a": "*fp32", "dx": "*fp32", "starts": "*i32", "slots": "*i32"}, LORA),
-    ("attention_forward", paged_attention.dq_kernel, ATTENTION_TYPES | {"dq": "*x"},
-     {**ATTENTION, "FORWARD": True, "WINDOWED": True, "CAPPED": True}),
-    ("attention_dq", paged_attention.dq_kernel, ATTENTION_TYPES,
-     {**ATTENTION, "FORWARD": False, "WINDOWED": True, "CAPPED": True}),
-    ("attention_dkv", paged_attention.dkv_kernel, ATTENTION_TYPES,
-     {**ATTENTION, "WINDOWED": True, "CAPPED": True}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (80, "fp32"), (90, "bf16")])
+TARGETS = [(80, "bf16"), (80, "fp32"), (90, "bf16")]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 @pytest.mark.parametrize(("name", "kernel", "types", "constants"), CASES, ids=[c[0] for c in CASES])
 def test_compiles(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int,
     dtype: str,
 ) -> None:  # fmt: skip
-    signature = {
-        argument: "constexpr" if argument in constants
-        else types.get(argument, "i32").replace("*x", f"*{dtype}")
-        for argument in kernel.arg_names
-    }  # fmt: skip
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": paged_attention.num_warps(128)} if "QUERIES" in constants else {}
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.asm["cubin"]
-    print(f"\n{name} sm_{capability} {dtype}: {_resources(compiled)}")
+    resources = compile_kernel(kernel, types, constants, capability, dtype)
+    print(f"\n{name} sm_{capability} {dtype}: {resources}")
 
 
-def _resources(compiled: Any) -> str:
-    """Registers and spills of a thread, shared memory of a block, by ptxas."""
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target sm_(\d+a?)", compiled.asm["ptx"])
-        assert target is not None
-        done = subprocess.run(
-            [get_ptxas(int(target.group(1)[:2])).path, "-v", f"--gpu-name=sm_{target.group(1)}",
-             str(ptx), "-o", str(ptx.with_suffix(".cubin"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        )  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
-    assert registers is not None
-    return (
-        f"{registers.group(1)} registers, {compiled.metadata.shared} bytes of shared memory, "
-        f"{spilled.group(1) if spilled else 0} bytes spilled"
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("name", ["forward", "dq", "dkv"])
+def test_attention_compiles_and_keeps_its_tiles_in_registers(
+    name: str, capability: int, dtype: str, head_size: int
+) -> None:
+    kernel = getattr(paged_attention, f"{name}_kernel")
+    tile = getattr(paged_attention, f"{name}_tile")(
+        head_size, torch.float32 if dtype == "fp32" else torch.bfloat16
     )
+    constants = {"HEADS": 32, "GROUP": 4, "HEAD_SIZE": head_size, "BLOCK_SIZE": 16,
+                 "WINDOWED": True, "CAPPED": True, "QUERIES": tile.queries, "KEYS": tile.keys,
+                 "WIDTH": head_size}  # fmt: skip
+    resources = compile_kernel(
+        kernel, ATTENTION_TYPES, constants, capability, dtype,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    print(f"\n{name} {head_size} sm_{capability} {dtype}: {resources}")
+    if dtype == "bf16" or head_size == 64:
+        assert resources.spilled_bytes == 0

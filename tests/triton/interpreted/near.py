@@ -5,10 +5,6 @@ import torch
 # Of a float32 sum, and of values that are rounded to the type on their way.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
-# Triton's interpreter multiplies the bits of bfloat16 matrices as integers; kernels with products
-# of matrices are tried in half precision, whose casts stand at the same places.
-DOT_DTYPES = (torch.float32, torch.float16)
-
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """Within the tolerance of a dtype of a float64 result, relative to its norm."""

@@ -36,6 +36,8 @@ def reference(
         (torch.float32, 2, 1, 16, 70, 33, 40, 1.5),
         (torch.float16, 4, 2, 20, 35, 37, None, None),
         (torch.float16, 3, 1, 16, 9, 50, 20, 3.0),
+        (torch.bfloat16, 4, 2, 20, 35, 37, None, None),
+        (torch.bfloat16, 3, 1, 16, 9, 50, 20, 3.0),
     ],
 )
 def test_window_of_queries(
