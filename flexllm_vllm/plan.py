@@ -11,7 +11,7 @@ the next batch may therefore share an iteration, and what is saved is the adapte
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class OpenPack:
         return sum(len(s.targets) for s in self.sequences)
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardWindow:
+class ForwardWindow(NamedTuple):
     """Tokens ``[start, end)`` of a sequence: a hidden row of this iteration's batch."""
 
     pack_id: int
@@ -115,8 +114,7 @@ class ForwardWindow:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardWindow:
+class BackwardWindow(NamedTuple):
     """Rows ``[start, end)`` of a pack in one layer.
 
     ``layer == num_layers`` is the loss head, ``num_layers + 1`` the log-probabilities alone.

@@ -1,6 +1,6 @@
 """How much finetuning an iteration may hold: what fits into its latency target."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.scheduler.latency_model import IterationWork, LatencyModel
@@ -92,15 +92,25 @@ class LatencyBudget:
             return IDLE_MULTIPLE * self.target_ms(IterationWork(decode_rows=1.0))
         if self._tpot_slo_ms is not None:
             return self._tpot_slo_ms
-        rows = replace(inference, prefill_tokens=0.0, decode_rows=max(1.0, inference.decode_rows))
+        rows = IterationWork(max(1.0, inference.decode_rows), inference.decode_context)
         alone = self.model.predict_ms(rows)
         least = self.model.margin * (alone + self._part(MIN_AUTO_TOKENS))
         return max(MIN_AUTO_MS, AUTO_MULTIPLE * alone, least)
 
-    def budget(self, inference: IterationWork, target_ms: float) -> Budget:
-        """For an iteration that holds this inference and nothing else so far."""
+    def budget(
+        self, inference: IterationWork, target_ms: float, max_tokens: int | None = None
+    ) -> Budget:
+        """For an iteration that holds this inference and nothing else so far.
+
+        Args:
+            inference: of the iteration.
+            target_ms: of it.
+            max_tokens: that vLLM's scheduler leaves; None: as many as are allowed.
+        """
         model = self.model
         left = int(max(0, self._max_tokens - inference.prefill_tokens - inference.decode_rows))
+        if max_tokens is not None:
+            left = min(left, max_tokens)
         # A token is never free, whatever a few noisy iterations say.
         forward = max(model.cost_ms("forward_tokens"), MIN_COST_MS)
         backward = max(model.cost_ms("backward_tokens"), MIN_COST_MS)

@@ -55,6 +55,11 @@ def inference_work(scheduler_output: Any) -> IterationWork:
     """Decode rows and prompt tokens of a ``SchedulerOutput``, hidden rows counted as prompts."""
     cached = scheduler_output.scheduled_cached_reqs
     drafts = scheduler_output.scheduled_spec_decode_tokens
+    total = scheduler_output.total_num_scheduled_tokens
+    if total == len(cached.req_ids) and not drafts and 0 not in cached.num_output_tokens:
+        # One token each, past their prompts: the usual case, of up to thousands of requests.
+        context = sum(cached.num_computed_tokens)
+        return IterationWork(decode_rows=float(total), decode_context=context / 1000)
     decode = context = 0
     for req_id, outputs, computed in zip(
         cached.req_ids, cached.num_output_tokens, cached.num_computed_tokens, strict=True
@@ -67,5 +72,5 @@ def inference_work(scheduler_output: Any) -> IterationWork:
     return IterationWork(
         decode_rows=float(decode),
         decode_context=context / 1000,
-        prefill_tokens=float(scheduler_output.total_num_scheduled_tokens - decode),
+        prefill_tokens=float(total - decode),
     )

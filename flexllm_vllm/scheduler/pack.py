@@ -46,7 +46,7 @@ class Sequence:
 
     @property
     def num_loss_tokens(self) -> int:
-        return sum(target >= 0 for target in self.targets)
+        return len(self.targets) - self.targets.count(-1)
 
     def num_blocks(self, block_size: int) -> int:
         """KV blocks that the whole sequence needs."""
@@ -73,6 +73,7 @@ class Pack:
             above it the score.
         row: backward: rows ``[0, row)`` of that layer are still to be done.
         result: of its loss head or score, None until the worker has reported it.
+        num_rows: of all its sequences; the planner asks for it at every window.
     """
 
     job_id: str
@@ -84,10 +85,10 @@ class Pack:
     layer: int = -1
     row: int = 0
     result: PackResult | None = None
+    num_rows: int = field(init=False)
 
-    @property
-    def num_rows(self) -> int:
-        return sum(s.num_rows for s in self.sequences)
+    def __post_init__(self) -> None:
+        self.num_rows = sum(s.num_rows for s in self.sequences)
 
     def num_blocks(self, block_size: int) -> int:
         """KV blocks that all its sequences need."""
@@ -128,17 +129,15 @@ def make_packs(
         max_blocks: KV blocks a pack may hold, likewise.
         block_size: tokens of a KV block.
     """
-    packs: list[Pack] = []
+    packs: list[list[Sequence]] = []
+    rows = blocks = 0  # of the last pack
     for item in items:
-        last = packs[-1] if packs else None
-        rows = sum(sequence.num_rows for sequence in item)
-        blocks = sum(sequence.num_blocks(block_size) for sequence in item)
-        if (
-            last is not None
-            and last.num_rows + rows <= max_rows
-            and last.num_blocks(block_size) + blocks <= max_blocks
-        ):
-            last.sequences += item
+        more_rows = sum(sequence.num_rows for sequence in item)
+        more_blocks = sum(sequence.num_blocks(block_size) for sequence in item)
+        rows, blocks = rows + more_rows, blocks + more_blocks
+        if packs and rows <= max_rows and blocks <= max_blocks:
+            packs[-1] += item
         else:
-            packs.append(Pack(job_id, list(item)))
-    return packs
+            packs.append(list(item))
+            rows, blocks = more_rows, more_blocks
+    return [Pack(job_id, sequences) for sequences in packs]

@@ -70,6 +70,8 @@ class Planner:
         self.min_window = MIN_WINDOW
         self.max_window: int | None = None
         self.shape = shape
+        head = shape.loss_head_layers
+        self._layer_costs = (*(1.0,) * shape.num_layers, head, head / 2)
         self._rows = rows
         self.pages = PagePool(0)
         self.loops: dict[str, TrainingLoop] = {}
@@ -303,21 +305,23 @@ class Planner:
         per_layer = budget.backward / head  # of a token in one layer
         first = not plan.backward
         for pack in loop.batch.packs if loop.batch else []:
+            if pack.phase is PackPhase.DONE:
+                continue
             done = 0.0  # token-layers
             while pack.phase is PackPhase.BACKWARD and used < limit:
-                layers = self.layers(pack.layer)
-                wanted = int((limit - used - budget.window) / (per_layer * layers))
-                if not first and wanted < self.min_window and wanted < pack.row:
+                row, layers = pack.row, self._layer_costs[pack.layer]
+                cost = per_layer * layers
+                wanted = int((limit - used - budget.window) / cost)
+                if wanted < row and wanted < self.min_window and not first:
                     break
                 first = False
-                size = self._window(pack.row, wanted, self.min_window)
-                plan.backward.append(
-                    BackwardWindow(pack.pack_id, pack.layer, pack.row - size, pack.row)
-                )
-                used += budget.window + size * layers * per_layer
+                size = self._window(row, wanted, self.min_window)
+                plan.backward.append(BackwardWindow(pack.pack_id, pack.layer, row - size, row))
+                used += budget.window + size * cost
                 done += size * layers
                 self._advance(pack, size)
-            loop.serve(done * 2 / (3 * head))
+            if done:
+                loop.serve(done * 2 / (3 * head))
             if pack.phase is PackPhase.BACKWARD:
                 break
         return used
@@ -325,13 +329,13 @@ class Planner:
     def layers(self, layer: int) -> float:
         """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head, and the
         score above it is half of that: the logits, and nothing through them."""
-        if layer == self.shape.num_layers:
-            return self.shape.loss_head_layers
-        return 1.0 if layer < self.shape.num_layers else self.shape.loss_head_layers / 2
+        return self._layer_costs[layer]
 
     def _window(self, remaining: int, wanted: int, least: int) -> int:
         """Size of a window that begins with ``remaining`` tokens to go."""
-        size = min(remaining, max(wanted, least))
+        if wanted < least:
+            wanted = least
+        size = wanted if wanted < remaining else remaining
         return size if self.max_window is None else min(size, self.max_window)
 
     def _advance(self, pack: Pack, num_rows: int) -> None:
@@ -340,14 +344,15 @@ class Planner:
             return
         pack.layer -= 1
         pack.row = pack.num_rows
-        if pack.layer < pack.layers[1]:
-            pack.phase = PackPhase.DONE
-            # The worker runs backward windows before the forward: blocks and pages are free for
-            # the forward windows of this very iteration.
-            self._rows.close(pack)
-            self.pages.give_back(pack.pages)
-            pack.pages = ()
-            self._forget(pack)
+        if pack.layer >= pack.layers[1]:
+            return
+        pack.phase = PackPhase.DONE
+        # The worker runs backward windows before the forward: blocks and pages are free for the
+        # forward windows of this very iteration.
+        self._rows.close(pack)
+        self.pages.give_back(pack.pages)
+        pack.pages = ()
+        self._forget(pack)
 
     def _forget(self, pack: Pack) -> None:
         """Drops a pack that is done, once its result is known too."""

@@ -190,10 +190,12 @@ class FinetuningScheduler(Scheduler):
             self._target_ms = self._budget.target_ms(inference)
             calibration = self._calibration
             if calibration is None:
-                budget = self._budget.budget(inference, self._target_ms)
+                budget = self._budget.budget(inference, self._target_ms, left)
             else:
-                budget = calibration.budget
-            plan = self._planner.plan(replace(budget, max_tokens=min(left, budget.max_tokens)))
+                budget = replace(
+                    calibration.budget, max_tokens=min(left, calibration.budget.max_tokens)
+                )
+            plan = self._planner.plan(budget)
             self._jobs.take_failed()
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:

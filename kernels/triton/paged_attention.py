@@ -393,11 +393,11 @@ def _check_cache(query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         or num_heads % kv_cache.shape[1]
         or kv_cache.dtype != query.dtype
     ):
+        wanted = f"[num_blocks, num_kv_heads, block_size, {2 * head_size}] of {query.dtype}"
         raise ValueError(
-            "the KV cache must be [num_blocks, num_kv_heads, block_size, 2 * head_size], "
-            f"contiguous in its last dimension, num_kv_heads a divisor of {num_heads}, "
-            f"head_size {head_size}, of {query.dtype} (not quantised); got {tuple(kv_cache.shape)} with strides "
-            f"{kv_cache.stride()} of {kv_cache.dtype}"
+            f"the KV cache must be {wanted}, not quantised, contiguous in its last dimension, "
+            f"num_kv_heads a divisor of {num_heads}; got {tuple(kv_cache.shape)} of "
+            f"{kv_cache.dtype} with strides {kv_cache.stride()}"
         )
 
 

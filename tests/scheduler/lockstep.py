@@ -51,12 +51,12 @@ class Pair:
             init_none_hash(sha256)
             self.hasher = get_request_block_hasher(case.block_size, sha256)
 
-    def _some_budget(self, inference: IterationWork, target_ms: float) -> Budget:
+    def _some_budget(self, inference: IterationWork, target_ms: float, left: int) -> Budget:
         """In place of the latency model's; beside requests it may be nothing."""
         tokens = self.case.budgets[self.iterations % len(self.case.budgets)]
         if not inference.has_inference:
             tokens = max(tokens, 16.0)
-        most = min(int(tokens), self.case.finetuning_tokens)
+        most = min(int(tokens), self.case.finetuning_tokens, left)
         return Budget(tokens, 1.0, 2.0, most, rows=2.0, window=0.5)
 
     @property
