@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,10 +20,11 @@ VOCAB = 320
 
 def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inner: int,
                  tied: bool, family: str = "llama", hidden: int | None = None, layers: int = 3,
-                 seed: int = 0) -> Path:  # fmt: skip
+                 seed: int = 0, **config_values: Any) -> Path:  # fmt: skip
     """A model with random float32 weights and a tokenizer of one word per token id.
 
-    ``family`` is transformers' ``model_type``; ``hidden`` is ``heads * head_dim`` by default.
+    ``family`` is transformers' ``model_type``; ``hidden`` is ``heads * head_dim`` by default;
+    ``config_values`` are others of its configuration.
     """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -40,6 +42,7 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **config_values,
     )
     if family == "mistral":
         config.sliding_window = None

@@ -21,6 +21,11 @@ from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
 MODELS = {
     "llama-mha-untied": {
         "family": "llama", "heads": 4, "kv_heads": 4, "head_dim": 32, "inner": 224, "tied": False,
+        # Llama 3.1's, at a length within the tests'.
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
     },
     # Biases of q, k and v.
     "qwen2-gqa-tied": {
