@@ -232,9 +232,13 @@ class JobQueue:
             self._cancel(connection, job_id)
 
     def requeue_interrupted(
-        self, max_attempts: int = 3, models: Collection[str] | None = None
+        self,
+        max_attempts: int = 3,
+        models: Collection[str] | None = None,
+        leave: Collection[str] = (),
     ) -> list[str]:
-        """At the start of an engine: take care of running jobs whose engine is gone.
+        """Take care of running jobs whose engine is gone, all but those to ``leave``: an engine
+        that has begun already leaves its own.
 
         They are queued again, to continue from their last checkpoint; a job that was to be
         cancelled or paused is; one that was begun ``max_attempts`` times without a step further
@@ -248,9 +252,13 @@ class JobQueue:
         if models is not None:
             query = query.where(table.c.model.in_(tuple(models)))
         requeued: list[str] = []
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        if not any(self._is_interrupted(row, leave) for row in rows):
+            return requeued
         with self._database.write() as connection:
             for row in connection.execute(query.order_by(table.c.seq)).all():
-                if self._owner.is_alive(row.owner):
+                if not self._is_interrupted(row, leave):
                     continue
                 if row.cancel_requested:
                     self._cancel(connection, row.id)
@@ -266,6 +274,9 @@ class JobQueue:
                     self._requeue(connection, row)
                     requeued.append(row.id)
         return requeued
+
+    def _is_interrupted(self, row: Row[Any], leave: Collection[str]) -> bool:
+        return row.id not in leave and not self._owner.is_alive(row.owner)
 
     def _requeue(self, connection: Connection, row: Row[Any]) -> None:
         self._update(

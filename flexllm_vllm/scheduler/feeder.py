@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # How soon a new job or a cancellation is seen, in seconds. A look costs one SQLite pragma.
 POLL_INTERVAL = 0.2
+# How often it is looked for jobs of other engines that were killed, likewise.
+TAKE_OVER_INTERVAL = 5.0
 
 
 @dataclass(frozen=True)
@@ -175,14 +178,15 @@ class JobFeeder:
     # -- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        recovered, readable, version = False, True, -1
+        recover_at, readable, version = 0.0, True, -1
         while not self._stopping.is_set():
             had_room = len(self._running) < self._max_jobs
             self._write_all()
             try:
-                if not recovered:
-                    self._recover()
-                    recovered = True
+                if time.monotonic() >= recover_at:
+                    if self._recover():
+                        version = -1
+                    recover_at = time.monotonic() + TAKE_OVER_INTERVAL
                 current = self._store.data_version()
                 # Our own writes do not change data_version: a job that just ended makes room.
                 made_room = not had_room and len(self._running) < self._max_jobs
@@ -201,9 +205,13 @@ class JobFeeder:
             self._look.clear()
         self._write_all()
 
-    def _recover(self) -> None:
-        for job_id in self._store.requeue_interrupted():
+    def _recover(self) -> bool:
+        """Queues jobs again whose engine is gone; whether there were any."""
+        ours = self._running | {write.job_id for write in self._unwritten}
+        job_ids = self._store.requeue_interrupted(leave=ours)
+        for job_id in job_ids:
             logger.info("finetuning job %s was interrupted, and is queued again", job_id)
+        return bool(job_ids)
 
     def _write_all(self) -> None:
         again, self._unwritten = self._unwritten, []

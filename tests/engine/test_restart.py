@@ -76,6 +76,34 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
         server.kill()
 
 
+def test_two_servers_on_one_folder_share_its_jobs(model: Path, tmp_path: Path) -> None:
+    """Each job is run by one of them; when that one is killed, by the other."""
+    first = serve(model, tmp_path)
+    try:
+        second = serve(model, tmp_path)
+        try:
+            client = first.client()
+            many = train_file(client, LINES * 10)
+            jobs = [start_job(client, many, max_steps=2000, batch_size=2).id for _ in range(2)]
+            client = second.client()
+            for job_id in jobs:  # a server runs one job at a time
+                wait_for_step(client, job_id, 2)
+            assert {client.fine_tuning.jobs.retrieve(i).status for i in jobs} == {"running"}
+            first.kill()
+            for job_id in jobs:
+                job = wait_for(client, job_id)
+                assert job.status == "succeeded", job.error
+                assert [step for step, _ in steps(client, job_id)] == list(range(1, 2001))
+                answer = client.completions.create(
+                    model=job.fine_tuned_model, prompt=SUBJECTS[0], max_tokens=2
+                )
+                assert answer.choices[0].text
+        finally:
+            second.kill()
+    finally:
+        first.kill()
+
+
 def wait_for_resumption(client, job_id: str):
     for _ in range(100):
         job = client.fine_tuning.jobs.retrieve(job_id)

@@ -1,6 +1,8 @@
 """The engine's thread at the store, on a disk that is full for a while."""
 
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs import JobStore, LoraSpec, NewJob, TrainingSpec
 from flexllm_vllm.jobs.types import DATASET_FILE, FinetuningJob, JobStatus
 from flexllm_vllm.plan import JobFailure
+from flexllm_vllm.scheduler import feeder as feeder_module
 from flexllm_vllm.scheduler.feeder import POLL_INTERVAL, JobFeeder
 
 
@@ -94,8 +97,12 @@ def test_a_step_that_cannot_be_written_breaks_its_job_and_leaves_no_gap(
 
 
 def test_the_end_of_a_job_is_written_when_the_disk_has_room_again(
-    store: JobStore, feeder: JobFeeder, caplog: pytest.LogCaptureFixture
+    store: JobStore,
+    feeder: JobFeeder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feeder_module, "TAKE_OVER_INTERVAL", 0.0)  # not of its own
     job = claim(store, feeder)
     disk = FullDisk(feeder)
     feeder.failed(job.id, JobFailure("server_error", "x" * 20_000))
@@ -123,3 +130,43 @@ def test_a_job_without_its_data_fails_and_the_next_one_is_claimed(
     error = store.get_job(job.id).error
     assert error is not None
     assert error.code == "dataset_unreadable"
+
+
+CLAIM_AND_SLEEP = """
+import pathlib, sys, time
+from flexllm_vllm.jobs import JobStore
+store = JobStore(pathlib.Path(sys.argv[1]))
+print(store.claim_next_job().id, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_of_an_engine_that_was_killed_is_taken_over(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder_module, "TAKE_OVER_INTERVAL", 0.0)
+    job = submit(store)
+    engine = subprocess.Popen(
+        [sys.executable, "-c", CLAIM_AND_SLEEP, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        text=True,
+    )
+    assert engine.stdout is not None
+    feeder = None
+    try:
+        assert engine.stdout.readline().strip() == job.id
+        feeder = JobFeeder(tmp_path, 2, ["demo"], lambda: None)
+        own = claim(store, feeder)
+        time.sleep(5 * POLL_INTERVAL)
+        assert feeder.take_jobs() == []
+        engine.kill()
+        wait_until(lambda: feeder.has_news)
+        assert [claimed.job.id for claimed in feeder.take_jobs()] == [job.id]
+        assert store.get_job(own.id).status is JobStatus.RUNNING
+    finally:
+        engine.kill()
+        engine.wait()
+        engine.stdout.close()
+        if feeder is not None:
+            feeder.stop()
