@@ -166,7 +166,9 @@ class LlamaBackward:
         norm, head = self._decoder.norm, self._decoder.lm_head
         weight = head.weight[: self._decoder.vocab_size]
         packed = None
-        if len(head.weight) == len(weight) and (weight.dtype != torch.float32 or use_onednn()):
+        # Packed by oneDNN, the head is the faster one for any number of rows where it is for one.
+        is_fast = weight.dtype != torch.float32 or use_onednn(1)
+        if len(head.weight) == len(weight) and is_fast:
             packed = getattr(head, "cpu_linear", None)
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
         losses, dx = linear_cross_entropy(
