@@ -343,4 +343,6 @@ def test_a_job_whose_checkpoints_cannot_be_written_fails_and_serving_goes_on(
     assert failed.status is JobStatus.FAILED
     assert failed.error is not None
     assert failed.error.code == "checkpoint_failed"
-    assert engine.llm.generate(["1 2 3"], use_tqdm=False)[0].outputs[0].token_ids
+    # Of token ids: transformers takes the tokenizer of this family for another one than it is.
+    answer = engine.llm.generate({"prompt_token_ids": [5, 6, 7]}, use_tqdm=False)
+    assert answer[0].outputs[0].token_ids
