@@ -1,15 +1,14 @@
 """``/v1/finetuning/adapters``: list, import, export and delete adapters."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from flexllm_vllm.api.adapter_objects import AdapterDeleted, AdapterObject, AdapterPage
-from flexllm_vllm.api.adapter_service import AdapterService, adapter_object
+from flexllm_vllm.api.adapter_service import adapter_object
+from flexllm_vllm.api.background import while_serving
 from flexllm_vllm.api.dependencies import Adapters
 from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.idempotency import IdempotencyKey
@@ -19,24 +18,12 @@ from flexllm_vllm.api.schemas import ERRORS
 from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.api.workers import run_long
 
-
-@asynccontextmanager
-async def _tasks(app: FastAPI) -> AsyncIterator[None]:
-    """Within the life of the application, whose state is complete when it begins."""
-    service: AdapterService | None = getattr(app.state, "finetuning_adapters", None)
-    if service is None:
-        yield
-        return
-    async with service.remover.running(), service.merger.running():
-        yield
-
-
 router = APIRouter(
     prefix="/v1/finetuning/adapters",
     route_class=OpenAIRoute,
     tags=["finetuning"],
     responses=ERRORS,
-    lifespan=_tasks,
+    lifespan=while_serving("finetuning_adapters"),
 )
 
 _FORM = {

@@ -5,7 +5,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +58,12 @@ class AdapterService:
     remover: AdapterRemover
     merger: Merger
     limits: Limits = field(default_factory=Limits)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Remove deleted adapters and do merges as long as the context lasts."""
+        async with self.remover.running(), self.merger.running():
+            yield
 
     @property
     def _disk(self) -> DiskSpace:

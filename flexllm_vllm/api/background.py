@@ -1,9 +1,31 @@
 """Work that an API process does beside its requests."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+
+
+class _Runs(Protocol):
+    def running(self) -> AbstractAsyncContextManager[None]: ...
+
+
+def while_serving(name: str) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """The ``lifespan`` of a router: enters ``running()`` of what ``app.state`` has under a name,
+    if anything. The state is complete when the life of the application begins."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        work: _Runs | None = getattr(app.state, name, None)
+        if work is None:
+            yield
+            return
+        async with work.running():
+            yield
+
+    return lifespan
 
 
 @asynccontextmanager

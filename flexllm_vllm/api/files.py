@@ -1,16 +1,14 @@
 """``/v1/files``."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 
+from flexllm_vllm.api.background import while_serving
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
-from flexllm_vllm.api.housekeeping import Housekeeping
 from flexllm_vllm.api.idempotency import IdempotencyKey
 from flexllm_vllm.api.multipart import announced_bytes, read_form
 from flexllm_vllm.api.opened_file import OpenedFileResponse
@@ -20,24 +18,12 @@ from flexllm_vllm.api.tenants import CurrentTenant
 from flexllm_vllm.api.upload_requests import FORM_FIELDS, check_purpose, file_request
 from flexllm_vllm.api.workers import run_long
 
-
-@asynccontextmanager
-async def _sweep(app: FastAPI) -> AsyncIterator[None]:
-    """Within the life of the application, whose state is complete when it begins."""
-    housekeeping: Housekeeping | None = getattr(app.state, "finetuning_housekeeping", None)
-    if housekeeping is None:
-        yield
-        return
-    async with housekeeping.running():
-        yield
-
-
 router = APIRouter(
     prefix="/v1/files",
     route_class=OpenAIRoute,
     tags=["finetuning"],
     responses=ERRORS,
-    lifespan=_sweep,
+    lifespan=while_serving("finetuning_housekeeping"),
 )
 
 _FORM = {

@@ -1,12 +1,11 @@
 """``/v1/fine_tuning/jobs``."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 
+from flexllm_vllm.api.background import while_serving
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import OpenAIRoute
 from flexllm_vllm.api.event_stream import stream_events
@@ -24,26 +23,13 @@ from flexllm_vllm.api.schemas import (
     answers_or_streams,
 )
 from flexllm_vllm.api.tenants import CurrentTenant
-from flexllm_vllm.api.tracking import Tracking
-
-
-@asynccontextmanager
-async def _track(app: FastAPI) -> AsyncIterator[None]:
-    """Within the life of the application, whose state is complete when it begins."""
-    tracking: Tracking | None = getattr(app.state, "finetuning_tracking", None)
-    if tracking is None:
-        yield
-        return
-    async with tracking.running():
-        yield
-
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs",
     route_class=OpenAIRoute,
     tags=["finetuning"],
     responses=ERRORS,
-    lifespan=_track,
+    lifespan=while_serving("finetuning_tracking"),
 )
 
 _METADATA = {

@@ -1,12 +1,11 @@
 """``/v1/webhook_endpoints`` and ``/v1/webhook_event_types``."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, Request
 
+from flexllm_vllm.api.background import while_serving
 from flexllm_vllm.api.dependencies import Service
 from flexllm_vllm.api.errors import ApiError, OpenAIRoute, invalid
 from flexllm_vllm.api.pages import Limit
@@ -45,19 +44,12 @@ def get_sender(request: Request) -> WebhookSender:
 Sender = Annotated[WebhookSender, Depends(get_sender)]
 
 
-@asynccontextmanager
-async def _deliver(app: FastAPI) -> AsyncIterator[None]:
-    """Within the life of the application, whose state is complete when it begins."""
-    sender: WebhookSender | None = getattr(app.state, "finetuning_webhooks", None)
-    if sender is None:
-        yield
-        return
-    async with sender.running():
-        yield
-
-
 router = APIRouter(
-    prefix="/v1", route_class=OpenAIRoute, tags=["finetuning"], lifespan=_deliver, responses=ERRORS
+    prefix="/v1",
+    route_class=OpenAIRoute,
+    tags=["finetuning"],
+    lifespan=while_serving("finetuning_webhooks"),
+    responses=ERRORS,
 )
 
 
