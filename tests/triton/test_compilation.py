@@ -14,6 +14,7 @@ from compiling import compile_kernel
 
 from flexllm_vllm.kernels.triton import (
     adamw,
+    attention_tiles,
     capture,
     cross_entropy,
     paged_attention,
@@ -82,7 +83,7 @@ def test_attention_compiles_and_keeps_its_tiles_in_registers(
     name: str, capability: int, dtype: str, head_size: int
 ) -> None:
     kernel = getattr(paged_attention, f"{name}_kernel")
-    tile = getattr(paged_attention, f"{name}_tile")(
+    tile = getattr(attention_tiles, f"{name}_tile")(
         head_size, torch.float32 if dtype == "fp32" else torch.bfloat16
     )
     constants = {"HEADS": 32, "GROUP": 4, "HEAD_SIZE": head_size, "BLOCK_SIZE": 16,
