@@ -6,10 +6,10 @@ PY := .venv/bin/python
 DATA ?=
 
 demo: model  ## train an adapter while the server answers, then talk to it
-	$(PY) -m examples.demo
+	$(PY) -u -m examples.demo
 
 serve: model  ## the same server, kept running
-	@$(PY) -m examples.serve
+	@$(PY) -u -m examples.serve
 
 test: model .venv/openai-0.28  ## the whole suite: unit tests, then tests with the real engine
 	$(PY) -m pytest
