@@ -11,9 +11,11 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from peft_adapters import TINY_LLAMA, archive_of, save_random_adapter
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 from vllm_application import vllm_application
 
+from flexllm_vllm.adapter_files.base_linears import llama_linears
 from flexllm_vllm.api.keys import KeyFile
 from flexllm_vllm.jobs import JobStore
 
@@ -31,7 +33,7 @@ def entry(key: str, organization: str, role: str = "member", quotas: str = "") -
 ACME, BETA, READER, BOSS = "sk-acme", "sk-beta", "sk-reader", "sk-boss"
 KEYS = (
     entry(ACME, "acme", quotas="max_jobs = 2, max_files = 3, max_scheduling_weight = 2.0")
-    + entry(BETA, "beta", quotas="max_bytes = 40, max_trained_tokens = 20")
+    + entry(BETA, "beta", quotas="max_bytes = 40, max_trained_tokens = 20, max_adapters = 2")
     + entry(READER, "acme", "read_only")
     + entry(BOSS, "acme", "admin")
 )
@@ -371,3 +373,30 @@ def test_two_api_processes_read_the_same_file(
     assert client_of(urls[1], ACME).files.retrieve(file_id).id == file_id
     with pytest.raises(openai.NotFoundError):
         client_of(urls[1], BETA).files.retrieve(file_id)
+
+
+def test_the_quota_of_adapters(served: tuple[FastAPI, str], tmp_path: Path) -> None:
+    app, url = served
+    app.state.finetuning_adapters.base = llama_linears(TINY_LLAMA)
+    archive = archive_of(save_random_adapter(tmp_path / "adapter", target_modules=["q_proj"]))
+
+    def bring(key: str, idempotency_key: str | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        files = {"file": ("adapter.tar.gz", archive, "application/gzip")}
+        return httpx.post(f"{url}/v1/finetuning/adapters", files=files, headers=headers)
+
+    own = [bring(BETA, "1"), bring(BETA)]
+    assert [answer.status_code for answer in own] == [200, 200], own[0].text
+    assert bring(BETA, "1").json() == own[0].json()  # the same one again is not one more
+    adapters = [{"name": answer.json()["id"]} for answer in own]
+    merge = httpx.post(
+        f"{url}/v1/finetuning/adapters/merge",
+        json={"adapters": adapters, "method": "linear"},
+        headers={"Authorization": f"Bearer {BETA}"},
+    )
+    for answer in (bring(BETA), bring(BETA, "2"), merge):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+        assert "max_adapters of 2" in answer.json()["error"]["message"]
+    assert bring(ACME).status_code == 200

@@ -20,7 +20,7 @@ VOCAB = 320
 
 def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inner: int,
                  tied: bool, family: str = "llama", hidden: int | None = None, layers: int = 3,
-                 seed: int = 0, **config_values: Any) -> Path:  # fmt: skip
+                 seed: int = 0, positions: int = 1024, **config_values: Any) -> Path:  # fmt: skip
     """A model with random float32 weights and a tokenizer of one word per token id.
 
     ``family`` is transformers' ``model_type``; ``hidden`` is ``heads * head_dim`` by default;
@@ -36,7 +36,7 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.08,
         bos_token_id=1,

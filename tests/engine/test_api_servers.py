@@ -27,14 +27,17 @@ ORGANIZATIONS = {ACME: ("acme", "admin"), BETA: ("beta", "admin"), READER: ("acm
 PROMPT = [5, 17, 200, 33, 8, 91, 250, 64]
 # Seconds until every process knows of a change.
 SOON = 1.0
+# Tokens of an answer that lasts several times as long on any machine.
+LONG = 3072
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("api-servers")
     model = random_model(
-        folder / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2
-    )
+        folder / "model", heads=6, kv_heads=2, head_dim=32, inner=320, tied=True, layers=2,
+        positions=LONG + 1024,
+    )  # fmt: skip
     keys = folder / "keys.toml"
     keys.write_text(
         "".join(
@@ -46,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(
         model, folder / "log", "--enable-finetuning", "--finetuning-dir", str(folder / "store"),
         "--finetuning-keys-file", str(keys), "--api-server-count", "2",
-        "--max-logprobs", str(VOCAB),
+        "--max-logprobs", str(VOCAB), "--max-model-len", str(LONG + 1024),
     )  # fmt: skip
     server.model = model
     yield server
@@ -235,7 +238,7 @@ def test_a_stream_outlives_the_deletion_of_its_adapter(server: Server) -> None:
     name = import_adapter(server, ACME, strong_adapter(server, 1))
     kept = import_adapter(server, ACME, strong_adapter(server, 2, 16, ("q_proj",)))
     request = {
-        "model": name, "prompt": PROMPT, "max_tokens": 600, "temperature": 0,
+        "model": name, "prompt": PROMPT, "max_tokens": LONG, "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }  # fmt: skip
     undisturbed = client.completions.create(**request).choices[0].text
