@@ -277,9 +277,17 @@ def check_combination(
             engine_args.pipeline_parallel_size > 1,
             "training over several pipeline stages is not supported yet",
         ),
-        "--tensor-parallel-size": (
-            engine_args.tensor_parallel_size > 1,
-            "training sharded adapters is not supported yet",
+        "--distributed-executor-backend": (
+            engine_args.distributed_executor_backend not in (None, "mp", "uni"),
+            "finetuning runs with vLLM's own worker processes only (mp)",
+        ),
+        "--fully-sharded-loras": (
+            engine_args.fully_sharded_loras and engine_args.tensor_parallel_size > 1,
+            "adapters in training are sharded as vLLM shards them without it",
+        ),
+        "--decode-context-parallel-size": (
+            engine_args.decode_context_parallel_size > 1,
+            "the backward needs all of a sequence's K and V on each rank",
         ),
         "--data-parallel-size": (
             engine_args.data_parallel_size > 1,
@@ -384,7 +392,7 @@ def install() -> None:
             for name, value in vars(engine_args).items():
                 if value is not before[name]:
                     setattr(args, name, value)
-            apply_cpu_defaults()
+            apply_cpu_defaults(engine_args.tensor_parallel_size)
         return engine_args
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_finetuning)

@@ -28,11 +28,17 @@ def default_dtype() -> str | None:
     return "float32"
 
 
-def apply_cpu_defaults() -> None:
-    """Binds all of a few cores to the worker, and preloads Intel's OpenMP where it is installed."""
+def apply_cpu_defaults(num_workers: int = 1) -> None:
+    """Binds all of a few cores to the workers, and preloads Intel's OpenMP where it is installed.
+
+    Args:
+        num_workers: among which the cores are divided.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and len(cores) < FEW_CORES:
-        binding = ",".join(map(str, cores))
+    each = len(cores) // num_workers
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and len(cores) < FEW_CORES and each:
+        parts = [cores[i * each : (i + 1) * each] for i in range(num_workers)]
+        binding = "|".join(",".join(map(str, part)) for part in parts)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
         logger.info("VLLM_CPU_OMP_THREADS_BIND: all cores, %s", binding)
     iomp = Path(sys.prefix) / "lib" / "libiomp5.so"

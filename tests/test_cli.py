@@ -25,7 +25,7 @@ def parser() -> FlexibleArgumentParser:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the process's environment as it is."""
-    monkeypatch.setattr(cli, "apply_cpu_defaults", lambda: None)
+    monkeypatch.setattr(cli, "apply_cpu_defaults", lambda num_workers: None)
 
 
 def engine_args(parser: FlexibleArgumentParser, *flags: str) -> AsyncEngineArgs:
@@ -115,7 +115,9 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--finetuning-max-disk-bytes", "1K"], "--finetuning-max-disk-bytes"),
         (["--finetuning-max-queued-jobs", "0"], "--finetuning-max-queued-jobs"),
         (["--finetuning-max-examples", "0"], "--finetuning-max-examples"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        (["--distributed-executor-backend", "ray"], "--distributed-executor-backend"),
+        (["--tensor-parallel-size", "2", "--fully-sharded-loras"], "--fully-sharded-loras"),
+        (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         (["--data-parallel-size", "2"], "--data-parallel-size"),
         (["--quantization", "fp8"], "--quantization"),

@@ -9,6 +9,7 @@ import torch
 
 from flexllm_vllm.kernels.cross_entropy import TokenLosses
 from flexllm_vllm.kernels.lora import LoraGroup
+from flexllm_vllm.models.parallel import TensorParallel
 
 # PEFT's names of the linear layers, by the merged linear of vLLM that computes them. The order
 # within a group is the order of the merged output.
@@ -25,10 +26,17 @@ ActivationPolicy = Literal["store", "balanced", "minimal"]
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Shape of one merged linear: its input, and the output width of each target in it."""
+    """Shape of one merged linear, whole.
+
+    Attributes:
+        in_features: width of its input.
+        out_features: width of the output of each target in it.
+        sharded: along which of the two vLLM shards it over a tensor-parallel group.
+    """
 
     in_features: int
     out_features: tuple[int, ...]
+    sharded: Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class ModelBackward(Protocol):
         num_kv_heads, head_size: of the attention, for the KV-gradient accumulators.
         hidden_size: width of the residual stream.
         dtype: of the weights and activations.
+        parallel: the tensor-parallel group; heads and widths above are those of this rank.
     """
 
     num_layers: int
@@ -108,9 +117,10 @@ class ModelBackward(Protocol):
     head_size: int
     hidden_size: int
     dtype: torch.dtype
+    parallel: TensorParallel
 
     def linear_shapes(self) -> dict[str, LinearShape]:
-        """Shapes of the merged linears of a layer, by their names in ``LORA_GROUPS``."""
+        """Shapes of the merged linears of a layer, whole, by their names in ``LORA_GROUPS``."""
 
     def module_path(self, layer: int, name: str) -> str:
         """Path of a linear (merged or PEFT's name) within the model."""

@@ -117,9 +117,11 @@ class LayerChain:
     @property
     def middle(self) -> torch.Tensor:
         """``[num_rows, hidden_size]``, the residual stream between attention and MLP."""
-        return self._value(
-            "middle", lambda: self._output_of("o_proj", self.attention).add_(self.hidden)
-        )
+        return self._value("middle", self._compute_middle)
+
+    def _compute_middle(self) -> torch.Tensor:
+        partial = self._output_of("o_proj", self.attention)
+        return self._decoder.parallel.all_reduce(partial).add_(self.hidden)
 
     @property
     def normed_middle(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.models.parallel import TensorParallel
 from flexllm_vllm.models.weights import FrozenWeights, unwrapped
 
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -24,6 +25,8 @@ class Decoder:
         layers: the decoder layers.
         norm: the final norm.
         lm_head: the loss head's linear.
+        parallel: the tensor-parallel group; all numbers of heads and widths here, but for
+            ``hidden_size``, are those of this rank.
         q_size, kv_size: widths of query and of key (or value) in the merged projection.
         scale: of the attention's logits.
         rotary: vLLM's rotary embedding.
@@ -38,6 +41,7 @@ class Decoder:
         self.layers = list(model.model.layers)
         self.lm_head = unwrapped(model.lm_head)
         self.vocab_size: int = model.config.vocab_size
+        self.parallel = TensorParallel.of_this_worker()
         self.logit_scale = float(getattr(unwrapped(model.logits_processor), "scale", 1.0))
         attention = self.layers[0].self_attn
         self.num_heads: int = attention.num_heads
@@ -51,7 +55,9 @@ class Decoder:
         norm_weight = self.layers[0].input_layernorm.weight
         self.hidden_size: int = norm_weight.shape[0]
         self.dtype: torch.dtype = norm_weight.dtype
-        self.intermediate_size: int = unwrapped(self.layers[0].mlp.down_proj).input_size
+        self.intermediate_size: int = unwrapped(
+            self.layers[0].mlp.down_proj
+        ).input_size_per_partition
         self.weights = FrozenWeights(
             [
                 {
@@ -70,6 +76,12 @@ class Decoder:
         """Refuses what the backward does not cover, rather than train with wrong gradients."""
         self.weights.check(self.dtype)
         attentions = [layer.self_attn for layer in self.layers]
+        num_kv_heads, size = attentions[0].total_num_kv_heads, self.parallel.size
+        if num_kv_heads % size:
+            raise ValueError(
+                f"finetuning needs a --tensor-parallel-size that divides the {num_kv_heads} KV "
+                f"heads of the model, and {size} does not: vLLM would keep one on several ranks"
+            )
         if any(getattr(x.attn, "sliding_window", None) is not None for x in attentions):
             raise ValueError("finetuning does not support sliding-window attention yet")
         if any(getattr(x, "do_llama_4_scaling", False) for x in attentions):
@@ -80,14 +92,22 @@ class Decoder:
             )
 
     def linear_shapes(self) -> dict[str, LinearShape]:
-        """Shapes of the merged linears of a layer."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        """Shapes of the merged linears of a layer, whole."""
+        hidden, size = self.hidden_size, self.parallel.size
+        q, kv, inner = self.q_size * size, self.kv_size * size, self.intermediate_size * size
         return {
-            "qkv_proj": LinearShape(hidden, (self.q_size, self.kv_size, self.kv_size)),
-            "o_proj": LinearShape(self.q_size, (hidden,)),
-            "gate_up_proj": LinearShape(hidden, (inner, inner)),
-            "down_proj": LinearShape(inner, (hidden,)),
+            "qkv_proj": LinearShape(hidden, (q, kv, kv), "output"),
+            "o_proj": LinearShape(q, (hidden,), "input"),
+            "gate_up_proj": LinearShape(hidden, (inner, inner), "output"),
+            "down_proj": LinearShape(inner, (hidden,), "input"),
         }
+
+    @property
+    def head_rows(self) -> tuple[int, int]:
+        """The tokens ``[first, end)`` whose rows of the loss head are on this rank."""
+        indices = self.lm_head.shard_indices
+        end = min(indices.org_vocab_end_index, self.vocab_size)
+        return indices.org_vocab_start_index, end
 
     @staticmethod
     def module_path(layer: int, name: str) -> str:

@@ -30,6 +30,10 @@ from flexllm_vllm.models.base import (
 )
 from flexllm_vllm.models.chain import LayerChain
 from flexllm_vllm.models.decoder import Decoder
+from flexllm_vllm.models.vocab_parallel import linear_cross_entropy_sharded
+
+# Linears that are sharded along their output: each rank has a part of the gradient of their input.
+_SUMMED_BACKWARD = ("qkv_proj", "gate_up_proj")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class LlamaBackward:
         self.head_size = decoder.head_size
         self.hidden_size = decoder.hidden_size
         self.dtype = decoder.dtype
+        self.parallel = decoder.parallel
         self.linear_shapes = decoder.linear_shapes
         self.module_path = decoder.module_path
         self.kv_cache = decoder.kv_cache
@@ -164,21 +169,28 @@ class LlamaBackward:
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
     ) -> tuple[TokenLosses, torch.Tensor | None]:
         norm, head = self._decoder.norm, self._decoder.lm_head
-        weight = head.weight[: self._decoder.vocab_size]
+        first, end = self._decoder.head_rows
+        weight = head.weight[: end - first]
         packed = None
         # Packed by oneDNN, the head is the faster one for any number of rows where it is for one.
         is_fast = weight.dtype != torch.float32 or use_onednn(1)
         if len(head.weight) == len(weight) and is_fast:
             packed = getattr(head, "cpu_linear", None)
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        losses, dx = linear_cross_entropy(
-            x,
-            weight,
-            targets,
-            scale,
-            self._decoder.logit_scale,
-            project=packed and (lambda rows: packed(rows, head.weight, None)),
-        )
+        logit_scale = self._decoder.logit_scale
+        if self.parallel.size > 1:
+            losses, dx = linear_cross_entropy_sharded(
+                x, weight, targets, scale, logit_scale, first, self.parallel
+            )
+        else:
+            losses, dx = linear_cross_entropy(
+                x,
+                weight,
+                targets,
+                scale,
+                logit_scale,
+                project=packed and (lambda rows: packed(rows, head.weight, None)),
+            )
         if dx is None:
             return losses, None
         return losses, rms_norm_backward(dx, hidden, norm.weight, norm.variance_epsilon)
@@ -317,11 +329,16 @@ class LlamaBackward:
     ) -> torch.Tensor | None:
         """Accumulates the adapter's gradients and returns ``dX = dY W + ...``.
 
-        ``x`` is called only where there is an adapter: what only it reads is not recomputed.
+        ``x`` is called only where there is an adapter: what only it reads is not recomputed. The
+        collective is the one that the base layer's own backward has; the adapter adds none (its
+        part of ``dX`` is in the sum, and the gradients of its replicated matrices are summed once
+        a step): what FlexLLM calls dependent parallelization.
         """
         dx = input_gradient(dy, self._decoder.weights.dense(layer, name)) if need_dx else None
         if (group := adapter.group(layer, name)) is not None:
             lora_backward(dy, x(), group, adapter.grad(layer, name), dx)
+        if dx is not None and name in _SUMMED_BACKWARD:
+            return self.parallel.all_reduce(dx)
         return dx
 
 

@@ -41,12 +41,17 @@ class FrozenWeights:
                     )
 
     def project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
-        """``x W^T + b`` of the whole merged linear, adapter not included."""
+        """``x W^T + b`` of the whole merged linear, adapter not included.
+
+        Of a linear that is sharded along its input, this rank's part of the sum.
+        """
         module = self._layers[layer][name]
+        is_partial = getattr(module, "reduce_results", False) and module.tp_rank > 0
+        bias = None if is_partial else module.bias
         linear = getattr(module, "cpu_linear", None)
         if linear is not None:
-            return linear(x, module.weight, module.bias)
-        return torch.nn.functional.linear(x, module.weight, module.bias)
+            return linear(x, module.weight, bias)
+        return torch.nn.functional.linear(x, module.weight, bias)
 
     def bias(self, layer: int, name: str) -> torch.Tensor | None:
         return self._layers[layer][name].bias

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from flexllm_vllm.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
 from flexllm_vllm.kernels.lora import LoraGroup
-from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward, TrainedLinears
+from flexllm_vllm.models.base import ModelBackward, TrainedLinears
 from flexllm_vllm.plan import TrainAdapter
+from flexllm_vllm.worker.flat_layout import FlatLayout, Matrices
 
 PEFT_PREFIX = "base_model.model."
 
@@ -26,13 +27,16 @@ class AdapterSnapshot:
     """
 
     spec: TrainAdapter
-    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    matrices: Matrices
     optimizer: dict[str, torch.Tensor]
 
 
 class TrainableAdapter:
     """All matrices of an adapter lie in one flat buffer, so that clipping and AdamW are a few
     operations whatever the number of layers; the matrices are views of it.
+
+    With tensor parallelism each rank has its part (:class:`FlatLayout`), and the methods marked
+    collective must be called by every rank.
 
     Attributes:
         spec: what the job asked for.
@@ -44,36 +48,16 @@ class TrainableAdapter:
 
     def __init__(self, spec: TrainAdapter, model: ModelBackward) -> None:
         self.spec = spec
-        self._layout: dict[tuple[int, str], list[tuple[str, torch.Size, int]]] = {}
-        self._model = model
-        layers = list(range(model.num_layers))
-        if spec.layers_to_transform is not None:
-            wanted = set(spec.layers_to_transform)
-            if not wanted <= set(layers):
-                raise ValueError(
-                    f"layers_to_transform names layer {max(wanted)}, the model has {len(layers)}"
-                )
-            layers = sorted(wanted)
-        offset = 0
-        for layer in layers:
-            for name, shape in model.linear_shapes().items():
-                targets = [t for t in LORA_GROUPS[name] if t in spec.target_modules]
-                if not targets:
-                    continue
-                entries = [("A", torch.Size((len(targets) * spec.r, shape.in_features)), offset)]
-                offset += entries[0][1].numel()
-                for target in targets:
-                    width = shape.out_features[LORA_GROUPS[name].index(target)]
-                    entries.append((target, torch.Size((width, spec.r)), offset))
-                    offset += width * spec.r
-                self._layout[layer, name] = entries
-        self.trained = TrainedLinears(frozenset(self._layout))
+        self._parallel = model.parallel
+        self._layout = layout = FlatLayout(spec, model)
+        self._paths = {model.module_path(*key): key for key in layout.keys}
+        self.trained = TrainedLinears(layout.keys)
         # Plain tensors: vLLM runs the worker in inference mode, whose tensors cannot be updated
         # outside of it.
         with torch.inference_mode(False):
-            self._weights = torch.nn.Parameter(torch.zeros(offset), requires_grad=True)
-            self._grads = torch.zeros(offset)
-            self._pack_grads = torch.zeros(offset)
+            self._weights = torch.nn.Parameter(torch.zeros(layout.size), requires_grad=True)
+            self._grads = torch.zeros(layout.size)
+            self._pack_grads = torch.zeros(layout.size)
             self._optimizer = torch.optim.AdamW(
                 [self._weights],
                 betas=spec.betas,
@@ -81,9 +65,8 @@ class TrainableAdapter:
                 weight_decay=spec.weight_decay,
                 fused=True,
             )
-        weights = self._weights.detach()
-        self._groups = {key: self._views(weights, key) for key in self._layout}
-        self._pack_groups = {key: self._views(self._pack_grads, key) for key in self._layout}
+        self._groups = layout.groups(self._weights.detach())
+        self._pack_groups = layout.groups(self._pack_grads)
         if spec.resume_path is not None:
             self.load(Path(spec.resume_path))
             self._load_optimizer(Path(spec.resume_path))
@@ -92,27 +75,13 @@ class TrainableAdapter:
         else:
             self._initialise()
 
-    def _views(self, flat: torch.Tensor, key: tuple[int, str]) -> LoraGroup:
-        layer_name = key[1]
-        widths = self._model.linear_shapes()[layer_name].out_features
-        a, *b = self._layout[key]
-        views = [flat[offset : offset + s.numel()].view(s) for _, s, offset in (a, *b)]
-        columns = []
-        for target, _, _ in b:
-            index = LORA_GROUPS[layer_name].index(target)
-            start = sum(widths[:index])
-            columns.append((start, start + widths[index]))
-        return LoraGroup(views[0], tuple(views[1:]), tuple(columns), self.spec.scaling)
-
     def _initialise(self) -> None:
         """A as ``peft.tuners.lora.LoraLayer.reset_lora_parameters`` does (Kaiming), B zero."""
         generator = torch.Generator().manual_seed(self.spec.seed)
-        for group in self._groups.values():
-            r = self.spec.r
-            for i in range(len(group.b)):
-                torch.nn.init.kaiming_uniform_(
-                    group.a[i * r : (i + 1) * r], a=math.sqrt(5), generator=generator
-                )
+        whole = torch.zeros(self._layout.whole_size)
+        for a, _ in self._layout.matrices(whole).values():
+            torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self._weights.detach().copy_(self._layout.shard(whole))
 
     # -- the backward's view: LoraMatrices ---------------------------------------------------
 
@@ -121,10 +90,19 @@ class TrainableAdapter:
 
     def group_at(self, path: str) -> LoraGroup | None:
         """Like :meth:`group`, by the path of the merged linear in the model."""
-        for layer, name in self._groups:
-            if self._model.module_path(layer, name) == path:
-                return self._groups[layer, name]
-        return None
+        key = self._paths.get(path)
+        return None if key is None else self._groups[key]
+
+    def slices_at(self, path: str) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Of the merged linear there: the place of each target in it, its A and its B."""
+        key = self._paths.get(path)
+        if key is None:
+            return []
+        group, r = self._groups[key], self.spec.r
+        return [
+            (index, group.a[i * r : (i + 1) * r], group.b[i])
+            for i, index in enumerate(self._layout.slices(key))
+        ]
 
     def grad(self, layer: int, name: str) -> LoraGroup:
         return self._pack_groups[layer, name]
@@ -144,6 +122,8 @@ class TrainableAdapter:
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clips (as ``torch.nn.utils.clip_grad_norm_``), steps AdamW, clears the gradients.
 
+        Collective.
+
         Args:
             learning_rate: of this step.
             max_grad_norm: 0 turns clipping off.
@@ -154,7 +134,8 @@ class TrainableAdapter:
         Raises:
             FloatingPointError: the gradients are not finite; the weights are unchanged.
         """
-        norm = float(torch.linalg.vector_norm(self._grads))
+        self._sum_replicated(self._grads)
+        norm = self._norm()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}; the weights were not changed")
         if max_grad_norm > 0:
@@ -166,30 +147,55 @@ class TrainableAdapter:
         self._grads.zero_()
         return norm
 
+    def _sum_replicated(self, grads: torch.Tensor) -> None:
+        """Sums what each rank has of the gradients of the matrices that all of them hold."""
+        count = self._layout.num_replicated
+        if count:
+            grads[:count] = self._parallel.all_reduce(grads[:count].clone())
+
+    def _norm(self) -> float:
+        """Of the whole adapter's gradients."""
+        count = self._layout.num_replicated
+        own = torch.linalg.vector_norm(self._grads[count:])
+        if not count:
+            return float(own)
+        squared = self._parallel.all_reduce_small(own.square(), torch.distributed.ReduceOp.SUM)
+        return float((squared + torch.linalg.vector_norm(self._grads[:count]).square()).sqrt())
+
     # -- PEFT names --------------------------------------------------------------------------
 
-    def matrices(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Path of each target linear in the model -> its A ``[r, in]`` and B ``[out, r]``."""
-        return self._by_target(self._groups)
+    def matrices(self) -> Matrices:
+        """Path of each target linear in the model -> its A ``[r, in]`` and B ``[out, r]``, whole.
 
-    def pack_gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        Collective. With one rank they are views; so it is below.
+        """
+        return self._layout.matrices(self._layout.gather(self._weights.detach()))
+
+    def pack_gradients(self) -> Matrices:
         """Like :meth:`matrices`, the gradients accumulated by the current pack."""
-        return self._by_target(self._pack_groups)
+        return self._whole_gradients(self._pack_grads)
 
-    def gradients(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def gradients(self) -> Matrices:
         """Like :meth:`matrices`, the gradients of the finished packs of the batch."""
-        return self._by_target({key: self._views(self._grads, key) for key in self._layout})
+        return self._whole_gradients(self._grads)
+
+    def _whole_gradients(self, grads: torch.Tensor) -> Matrices:
+        if self._layout.num_replicated:
+            grads = grads.clone()
+            self._sum_replicated(grads)
+        return self._layout.matrices(self._layout.gather(grads))
 
     def snapshot(self) -> "AdapterSnapshot":
-        """A copy of weights and moments; any thread may take it, between two steps."""
+        """A copy of weights and moments. Collective; with one rank any thread may take it, between
+        two steps."""
+        gather = self._layout.gather
         state = self._optimizer.state.get(self._weights, {})
-        # numpy copies without torch's threads, which belong to the forward.
-        flat = torch.from_numpy(self._weights.detach().numpy().copy())
         optimizer = {
-            name: torch.from_numpy(value.detach().numpy().copy()) for name, value in state.items()
+            name: _copy(gather(value) if value.numel() == self._layout.size else value)
+            for name, value in state.items()
         }
-        matrices = self._by_target({key: self._views(flat, key) for key in self._layout})
-        return AdapterSnapshot(self.spec, matrices, optimizer)
+        whole = _copy(gather(self._weights.detach()))
+        return AdapterSnapshot(self.spec, self._layout.matrices(whole), optimizer)
 
     def _load_optimizer(self, folder: Path) -> None:
         """Takes the moments of a checkpoint; one from before the first step has none.
@@ -200,26 +206,17 @@ class TrainableAdapter:
         state = load_file(folder / OPTIMIZER_FILE)
         if not state:
             return
-        if state["exp_avg"].shape != self._weights.shape:
+        size = self._layout.whole_size
+        if state["exp_avg"].numel() != size:
             raise ValueError(
                 f"the checkpoint {folder.name} holds {state['exp_avg'].numel()} parameters, the "
-                f"adapter has {self._weights.numel()}"
+                f"adapter has {size}"
             )
         with torch.inference_mode(False):
             self._optimizer.state[self._weights] = {
-                name: value.clone() for name, value in state.items()
+                name: (self._layout.shard(value) if value.numel() == size else value).clone()
+                for name, value in state.items()
             }
-
-    def _by_target(
-        self, groups: dict[tuple[int, str], LoraGroup]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        found = {}
-        r = self.spec.r
-        for (layer, name), group in groups.items():
-            for i, (target, _, _) in enumerate(self._layout[layer, name][1:]):
-                path = self._model.module_path(layer, target)
-                found[path] = (group.a[i * r : (i + 1) * r], group.b[i])
-        return found
 
     def load(self, folder: Path) -> None:
         """Takes the matrices of a PEFT folder.
@@ -228,7 +225,8 @@ class TrainableAdapter:
             ValueError: its matrices are not those of this adapter (ranks, targets, layers).
         """
         tensors = load_file(folder / ADAPTER_FILES[1])
-        for path, pair in self.matrices().items():
+        whole = torch.empty(self._layout.whole_size)
+        for path, pair in self._layout.matrices(whole).items():
             for letter, matrix in zip("AB", pair, strict=True):
                 key = f"{PEFT_PREFIX}{path}.lora_{letter}.weight"
                 if key not in tensors:
@@ -245,3 +243,9 @@ class TrainableAdapter:
                 f"the adapter to continue from also trains {next(iter(tensors))}, which this job "
                 "does not target"
             )
+        self._weights.detach().copy_(self._layout.shard(whole))
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """By numpy, without torch's threads, which belong to the forward."""
+    return torch.from_numpy(x.detach().numpy().copy())

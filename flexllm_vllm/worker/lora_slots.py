@@ -1,8 +1,8 @@
 """Training adapters in vLLM's LoRA slots.
 
-The weights are rewritten in place after each optimizer step, both in the slot and in the CPU copy
-that vLLM's LRU cache would reload it from; and the adapter is pinned, so that adapters being
-served never evict it. It has no name in the API: a rewritten slot must not meet cached prefixes.
+The slot is rewritten in place after each optimizer step; vLLM knows of an adapter without weights,
+which it would find nowhere else, and the adapter is pinned, so that adapters being served never
+evict it. It has no name in the API: a rewritten slot must not meet cached prefixes.
 
 In float32 on CPU the forward multiplies by the master weights themselves, one product ``x A^T`` for
 all targets that share ``x``; nothing has to be rewritten then.
@@ -29,30 +29,14 @@ class TrainingSlots:
 
     def __init__(self, manager: Any, dtype: torch.dtype) -> None:
         self._manager = manager
-        self._dtype = dtype
-        self._models: dict[int, LoRAModel] = {}
-        self._copies: dict[int, dict[str, LoRALayerWeights]] = {}
         self._uses_masters = dtype == torch.float32
 
     def add(self, adapter: TrainableAdapter) -> None:
         """Registers the adapter, pins it, and writes its slot."""
         spec = adapter.spec
-        copies = {
-            path: LoRALayerWeights(
-                module_name=path,
-                rank=spec.r,
-                lora_alpha=spec.r,
-                lora_a=torch.empty(a.shape, dtype=self._dtype),
-                lora_b=torch.empty(b.shape, dtype=self._dtype),
-            )
-            for path, (a, b) in adapter.matrices().items()
-        }
-        model = LoRAModel(spec.lora_int_id, spec.r, dict(copies))
         if len(self._manager) + 1 > self._manager.capacity:
             self._manager.remove_oldest_adapter()
-        self._manager.add_adapter(model)
-        self._models[spec.lora_int_id] = model
-        self._copies[spec.lora_int_id] = copies
+        self._manager.add_adapter(_without_weights(spec.lora_int_id, spec.r))
         self._manager.activate_adapter(spec.lora_int_id)
         self._manager.pin_adapter(spec.lora_int_id)
         self._write(adapter)
@@ -68,34 +52,39 @@ class TrainingSlots:
         return int(self._manager.lora_index_to_id.index(int_id))
 
     def write(self, adapter: TrainableAdapter) -> None:
-        """Brings the slot and its CPU copy up to the adapter's weights, where they are read."""
+        """Brings the slot up to the adapter's weights, where it is read."""
         if not self._uses_masters:
             self._write(adapter)
 
     def _write(self, adapter: TrainableAdapter) -> None:
-        int_id = adapter.spec.lora_int_id
-        copies = self._copies[int_id]
-        for path, (a, b) in adapter.matrices().items():
-            copies[path].lora_a.copy_(a)
-            # vLLM's kernels know no scaling: it is merged into B.
-            copies[path].lora_b.copy_(b * adapter.spec.scaling)
-        slot = self._slot(int_id)
-        model = self._models[int_id]
-        for name, module in self._manager.modules.items():
-            weights = model.get_lora(name)
-            if weights is not None:
-                module.set_lora(slot, weights.lora_a, weights.lora_b)
+        """This rank's part, as ``vllm/lora/layers/base_linear.py`` (``set_lora``) lays it out."""
+        slot = self._slot(adapter.spec.lora_int_id)
+        for path, module in self._manager.modules.items():
+            for index, a, b in adapter.slices_at(path):
+                module.lora_a_stacked[index][slot, 0, : a.shape[0], : a.shape[1]] = a
+                # vLLM's kernels know no scaling: it is merged into B.
+                scaled = b * adapter.spec.scaling
+                module.lora_b_stacked[index][slot, 0, : b.shape[0], : b.shape[1]] = scaled
 
     def remove(self, int_id: int) -> None:
         """Frees the slot."""
-        if self._models.pop(int_id, None) is not None:
-            self._copies.pop(int_id)
-            slot = self._slot(int_id)
-            for wrapper in self._manager.punica_wrapper_mapping.values():
-                products = wrapper.__dict__.get("slot_products", {})
-                for key in [key for key in products if key[1] == slot]:
-                    del products[key]
-            self._manager.remove_adapter(int_id)
+        if int_id not in self._manager.list_adapters():
+            return
+        slot = self._slot(int_id)
+        for wrapper in self._manager.punica_wrapper_mapping.values():
+            products = wrapper.__dict__.get("slot_products", {})
+            for key in [key for key in products if key[1] == slot]:
+                del products[key]
+        self._manager.remove_adapter(int_id)
+
+
+def _without_weights(int_id: int, r: int) -> LoRAModel:
+    """An adapter as vLLM registers it, with nothing for any module of the model.
+
+    ``_create_merged_loras_inplace`` asks for at least one matrix.
+    """
+    nothing = LoRALayerWeights("in training", r, r, torch.empty(r, 0), torch.empty(0, r))
+    return LoRAModel(int_id, r, {nothing.module_name: nothing})
 
 
 def _add(group: LoraGroup, y: torch.Tensor, x: torch.Tensor) -> None:

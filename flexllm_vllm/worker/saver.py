@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexllm_vllm.plan import SaveAdapter
-from flexllm_vllm.worker.adapter import TrainableAdapter
+from flexllm_vllm.worker.adapter import AdapterSnapshot, TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
 
 
 @dataclass
 class _Save:
-    """One order. ``copied`` is set when the adapter may change again."""
+    """One order. ``copied`` is set when the adapter may change again; ``snapshot`` is what is to be
+    written, where it was taken already."""
 
     order: SaveAdapter
     adapter: TrainableAdapter
+    snapshot: AdapterSnapshot | None
     copied: threading.Event
 
 
@@ -48,12 +50,20 @@ class AdapterSaver:
         """Whether an order was not answered yet."""
         return bool(self._open or self._results)
 
-    def save(self, order: SaveAdapter, adapter: TrainableAdapter) -> None:
-        """Takes an order. The adapter must not change before :meth:`wait_until_copied`."""
+    def save(
+        self, order: SaveAdapter, adapter: TrainableAdapter, snapshot: AdapterSnapshot | None = None
+    ) -> None:
+        """Takes an order. The adapter must not change before :meth:`wait_until_copied`.
+
+        Args:
+            order: what is to be written, and where.
+            adapter: its owner.
+            snapshot: of the adapter, if it was taken already; else the thread takes it.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="adapter-saver", daemon=True)
             self._thread.start()
-        save = _Save(order, adapter, threading.Event())
+        save = _Save(order, adapter, snapshot, threading.Event())
         self._open.append(save)
         self._orders.put(save)
 
@@ -85,7 +95,7 @@ class AdapterSaver:
             error: Exception | None = None
             try:
                 try:
-                    snapshot = save.adapter.snapshot()
+                    snapshot = save.snapshot or save.adapter.snapshot()
                 finally:
                     save.copied.set()
                 order = save.order

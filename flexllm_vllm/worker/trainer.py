@@ -34,7 +34,10 @@ class Trainer:
     """Owns the adapters in training, the open packs and the activation cache.
 
     An exception in any job's work ends that job and nothing else: it becomes a failure in the
-    :class:`StepResult`, and the rest of the job's work in this plan is skipped.
+    :class:`StepResult`, and the rest of the job's work in this plan is skipped. With tensor
+    parallelism that holds for what every rank finds alike (numbers, a job's files); what may have
+    happened to one rank alone (memory) ends the worker, as it does in inference: the ranks would
+    wait for each other's collectives for ever.
 
     Args:
         model: the backward of the loaded model.
@@ -104,8 +107,13 @@ class Trainer:
         try:
             work(part)
         except Exception as error:
+            self._raise_unless_shared(error)
             logger.exception("finetuning job %s failed", job_id)
             self._result.failures[job_id] = failure_of(error)
+
+    def _raise_unless_shared(self, error: Exception) -> None:
+        if self.model.parallel.size > 1 and not isinstance(error, (ArithmeticError, ValueError)):
+            raise error
 
     # -- the plan's parts --------------------------------------------------------------------
 
@@ -154,7 +162,14 @@ class Trainer:
         self._result.grad_norms[step.job_id] = norm
 
     def _save(self, save: SaveAdapter) -> None:
-        self.saver.save(save, self.adapters[save.job_id])
+        adapter, parallel = self.adapters[save.job_id], self.model.parallel
+        if parallel.size == 1:
+            self.saver.save(save, adapter)
+            return
+        # Its parts are gathered by the ranks' own threads, in the order of their collectives.
+        snapshot = adapter.snapshot()
+        if parallel.rank == 0:
+            self.saver.save(save, adapter, snapshot)
 
     def _backward(self, window: BackwardWindow) -> None:
         pack = self.packs[window.pack_id]
@@ -304,6 +319,7 @@ class Trainer:
 
     def _fail_capture(self, job_id: str, error: Exception) -> None:
         """Fails a job that has windows in this forward; the other rows in it go on."""
+        self._raise_unless_shared(error)
         logger.exception("capturing the activations of finetuning job %s failed", job_id)
         self._result.failures[job_id] = failure_of(error)
         self._captures = [c for c in self._captures if c.job_id != job_id]

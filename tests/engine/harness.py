@@ -118,7 +118,8 @@ def on_worker_save_gradients(worker: Any, path: str) -> None:
     """Writes what was recorded: a list of steps, each path -> (dA, dB), for ``torch.load``."""
     import torch
 
-    torch.save(worker.recorded_gradients, path)
+    if worker.rank == 0:  # every rank has recorded the same
+        torch.save(worker.recorded_gradients, path)
 
 
 def on_worker_break_backward(worker: Any) -> None:
@@ -158,33 +159,12 @@ def on_worker_lora_ids(worker: Any) -> list[int | None]:
     return list(worker.model_runner.lora_manager._adapter_manager.lora_index_to_id)
 
 
-def on_worker_slot_survives_a_reload(worker: Any) -> bool | None:
-    """Whether the training slot holds what vLLM's LRU cache would reload into it.
-
-    None while no adapter is in training, or its B is still zero.
-    """
-    import torch
-
+def on_worker_training_slots(worker: Any) -> dict[int, int]:
+    """Slot of each adapter in training, by its id in vLLM."""
     manager = worker.model_runner.lora_manager._adapter_manager
-    adapters = list(worker._trainer.adapters.values())
-    if not adapters or not any(b.any() for _, b in adapters[0].matrices().values()):
-        return None
-    int_id = adapters[0].spec.lora_int_id
-    slot = manager.lora_index_to_id.index(int_id)
-
-    def contents() -> list[torch.Tensor]:
-        return [
-            stacked[slot].clone()
-            for module in manager.modules.values()
-            for stacked in (*module.lora_a_stacked, *module.lora_b_stacked)
-        ]
-
-    before = contents()
-    for name, module in manager.modules.items():
-        weights = manager._registered_adapters[int_id].get_lora(name)
-        if weights is not None:
-            module.set_lora(slot, weights.lora_a, weights.lora_b)
-    return all(torch.equal(a, b) for a, b in zip(before, contents(), strict=True))
+    adapters = worker._trainer.adapters.values()
+    ids = [adapter.spec.lora_int_id for adapter in adapters]
+    return {int_id: manager.lora_index_to_id.index(int_id) for int_id in ids}
 
 
 def on_worker_keep(worker: Any, policy: str, dtype: str = "auto") -> None:

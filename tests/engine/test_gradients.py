@@ -61,6 +61,7 @@ class Engine:
             served_model_name="base",
             kv_cache_memory_bytes=1 << 28,
             seed=0,
+            tensor_parallel_size=options.pop("tensor_parallel_size", 1),
             **{**harness.engine_options(folder / "store", **options), **flags},
         )
         self.llm.collective_rpc(harness.on_worker_record_gradients)

@@ -4,8 +4,9 @@ import time
 
 import harness
 import pytest
-from models import random_examples, random_model
+from models import random_adapter, random_examples, random_model
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import JobStatus, LoraSpec, TrainingSpec
@@ -22,7 +23,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory):
         num_gpu_blocks_override=14, kv_cache_memory_bytes=1 << 28, disable_log_stats=False,
         **harness.engine_options(folder / "store", tpot_slo_ms=50.0),
     )  # fmt: skip
-    llm.folder = folder
+    llm.folder, llm.model = folder, model
     yield llm
     llm.llm_engine.engine_core.shutdown()
 
@@ -124,12 +125,6 @@ def test_pausing_does_not_wait_for_a_job(llm: LLM, running) -> None:
     assert goes_on(*running)
 
 
-def test_the_rewritten_slot_is_what_a_reload_would_bring(llm: LLM, running) -> None:
-    for _ in range(3):
-        time.sleep(0.3)
-        assert llm.collective_rpc(harness.on_worker_slot_survives_a_reload) == [True]
-
-
 @pytest.mark.parametrize(
     "fault", [harness.on_worker_break_backward, harness.on_worker_break_capture]
 )
@@ -152,3 +147,15 @@ def test_an_exception_fails_the_job_and_nothing_else(llm: LLM, running, fault) -
     assert harness.wait(store, again.id).status is JobStatus.SUCCEEDED
     (slots,) = llm.collective_rpc(harness.on_worker_lora_ids)
     assert not any(slots)
+
+
+def test_adapters_that_are_served_never_take_the_slot_of_one_in_training(llm: LLM, running) -> None:
+    """More of them than there are slots, and than vLLM keeps in memory."""
+    [before] = llm.collective_rpc(harness.on_worker_training_slots)
+    assert before
+    folder = random_adapter(llm.model, llm.folder / "served")
+    for int_id in range(1, len(llm.collective_rpc(harness.on_worker_lora_ids)[0]) + 4):
+        request = LoRARequest(f"served-{int_id}", int_id, str(folder))
+        llm.generate({"prompt_token_ids": [5, 6, 7]}, lora_request=request, use_tqdm=False)
+    assert llm.collective_rpc(harness.on_worker_training_slots) == [before]
+    assert goes_on(*running)

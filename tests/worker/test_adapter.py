@@ -9,11 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexllm_vllm import checkpoints
 from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.models.parallel import TensorParallel
 from flexllm_vllm.plan import SaveAdapter, TrainAdapter
 from flexllm_vllm.worker.adapter import TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
 from flexllm_vllm.worker.saver import AdapterSaver
 
+ONE_RANK = TensorParallel()
 HIDDEN, INNER, KV, LAYERS = 32, 48, 16, 2
 
 
@@ -22,12 +24,15 @@ class Shapes:
 
     num_layers = LAYERS
 
+    def __init__(self, parallel: TensorParallel) -> None:
+        self.parallel = parallel
+
     def linear_shapes(self) -> dict[str, LinearShape]:
         return {
-            "qkv_proj": LinearShape(HIDDEN, (HIDDEN, KV, KV)),
-            "o_proj": LinearShape(HIDDEN, (HIDDEN,)),
-            "gate_up_proj": LinearShape(HIDDEN, (INNER, INNER)),
-            "down_proj": LinearShape(INNER, (HIDDEN,)),
+            "qkv_proj": LinearShape(HIDDEN, (HIDDEN, KV, KV), "output"),
+            "o_proj": LinearShape(HIDDEN, (HIDDEN,), "input"),
+            "gate_up_proj": LinearShape(HIDDEN, (INNER, INNER), "output"),
+            "down_proj": LinearShape(INNER, (HIDDEN,), "input"),
         }
 
     def module_path(self, layer: int, name: str) -> str:
@@ -37,10 +42,11 @@ class Shapes:
 
 def make(targets: tuple[str, ...] = ("q_proj", "v_proj", "gate_proj", "down_proj"), r: int = 4,
          init: Path | None = None, seed: int = 3,
-         resume_path: str | None = None) -> TrainableAdapter:  # fmt: skip
+         resume_path: str | None = None,
+         parallel: TensorParallel = ONE_RANK) -> TrainableAdapter:  # fmt: skip
     spec = TrainAdapter("job", 1, r, 8.0, False, targets, seed, str(init) if init else None,
                         (0.8, 0.95), 1e-6, 0.1, resume_path=resume_path)  # fmt: skip
-    return TrainableAdapter(spec, Shapes())  # type: ignore[arg-type]
+    return TrainableAdapter(spec, Shapes(parallel))  # type: ignore[arg-type]
 
 
 def test_steps_equal_torchs_clipping_and_adamw() -> None:
