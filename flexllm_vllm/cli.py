@@ -289,10 +289,6 @@ def check_combination(
             engine_args.decode_context_parallel_size > 1,
             "the backward needs all of a sequence's K and V on each rank",
         ),
-        "--data-parallel-size": (
-            engine_args.data_parallel_size > 1,
-            "several engines on one job store are not supported yet",
-        ),
         "--speculative-config": (
             engine_args.speculative_config,
             "draft tokens and finetuning rows do not share a batch yet",
@@ -392,7 +388,8 @@ def install() -> None:
             for name, value in vars(engine_args).items():
                 if value is not before[name]:
                     setattr(args, name, value)
-            apply_cpu_defaults(engine_args.tensor_parallel_size)
+            num_engines = engine_args.data_parallel_size_local or engine_args.data_parallel_size
+            apply_cpu_defaults(num_engines * engine_args.tensor_parallel_size)
         return engine_args
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_finetuning)

@@ -163,8 +163,13 @@ def _tokenizer(engine_client: Any, args: Namespace) -> ExampleTokenizer:
 
 def _iterations_of(engine_client: Any) -> Any:
     async def fetch(last: int) -> list[dict[str, Any]]:
-        records = await engine_client.engine_core.call_utility_async("finetuning_iterations", last)
-        return list(records)
+        call = engine_client.engine_core.call_utility_all_async
+        records = [
+            {"engine": index, **record}
+            for index, of_engine in enumerate(await call("finetuning_iterations", last))
+            for record in of_engine
+        ]
+        return sorted(records, key=lambda record: record["start_time"])[-last:]
 
     return fetch
 

@@ -272,8 +272,10 @@ class FineTuneEventList(BaseModel):
 
 class FinetuningIteration(BaseModel):
     """One engine iteration: what it held, and how long it took. ``start_time`` is Unix time in
-    seconds; ``finetuning_backward_tokens`` are token-layers."""
+    seconds; ``finetuning_backward_tokens`` are token-layers; ``engine`` counts the engines of
+    ``--data-parallel-size``."""
 
+    engine: int
     start_time: float
     duration_ms: float
     target_ms: float | None
@@ -285,7 +287,7 @@ class FinetuningIteration(BaseModel):
 
 
 class FinetuningIterations(BaseModel):
-    """The last iterations of the engine, oldest first."""
+    """The last iterations of the engines, oldest first."""
 
     object: Literal["list"]
     data: list[FinetuningIteration]

@@ -60,7 +60,7 @@ class FinetuningService:
         base_models: served names of the base model; the first is the default.
         max_seq_length: tokens, the server's maximum for one example.
         find_adapter: folder of an adapter that the server knows by this name, or None.
-        fetch_iterations: the engine's records of its last iterations.
+        fetch_iterations: the engines' records of their last iterations.
         num_layers: decoder layers of the base model.
         limits: how much this server takes in.
         trackers: where metrics can be sent.
@@ -225,7 +225,7 @@ class FinetuningService:
         return report, events
 
     async def iterations(self, last: int) -> list[dict[str, Any]]:
-        """Records of the engine's last iterations, oldest first.
+        """Records of the engines' last iterations, oldest first.
 
         Raises:
             ApiError: the engine does not answer.

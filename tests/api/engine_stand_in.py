@@ -53,11 +53,10 @@ class Engine:
     async def adapters_in_use(self) -> list[set[int]]:
         return [set(self.in_use)]
 
-    async def call_utility_async(self, method: str, last: int) -> list[dict[str, int]]:
-        assert method == "finetuning_iterations"
-        return [{"decode_tokens": last}]
-
-    async def call_utility_all_async(self, method: str) -> list[list[int]]:
+    async def call_utility_all_async(self, method: str, *args: int) -> list[list[Any]]:
+        if method == "finetuning_iterations":  # of two engines
+            [last] = args
+            return [[{"start_time": 2 * i + k} for i in range(last)] for k in (0, 1)]
         assert method == "finetuning_adapters_in_use"
         return [list(self.in_use)]
 
