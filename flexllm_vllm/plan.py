@@ -106,12 +106,16 @@ class OpenPack:
 
 
 class ForwardWindow(NamedTuple):
-    """Tokens ``[start, end)`` of a sequence: a hidden row of this iteration's batch."""
+    """Tokens ``[start, end)`` of a sequence: a hidden row of this iteration's batch.
+
+    ``block_ids`` is the sequence's block table up to ``end``.
+    """
 
     pack_id: int
     row_id: str
     start: int
     end: int
+    block_ids: list[int]
 
 
 class BackwardWindow(NamedTuple):

@@ -106,7 +106,9 @@ class HiddenRows:
             assert request is not None
             if request.num_computed_tokens == 0:
                 ids = self._manager.get_blocks(request.request_id).get_block_ids()
-                output.scheduled_new_reqs.append(NewRequestData.from_request(request, ids))
+                # Model runner V2 wants the tokens by this name, V1 has no use for them.
+                tokens = request._all_token_ids if self._scheduler.use_v2_model_runner else None
+                output.scheduled_new_reqs.append(NewRequestData.from_request(request, ids, tokens))
             else:
                 cached.req_ids.append(request.request_id)
                 cached.new_block_ids.append(blocks.get_block_ids(allow_none=True))
@@ -127,10 +129,9 @@ class HiddenRows:
         values = {name: getattr(output, name) for name in _FIELDS}
         return FinetuningSchedulerOutput(**values, finetuning=plan)
 
-
-def forward_window(pack: Pack, sequence: Sequence, num_tokens: int) -> ForwardWindow:
-    """The plan's entry for the next tokens of a sequence."""
-    assert sequence.request is not None
-    return ForwardWindow(
-        pack.pack_id, sequence.request.request_id, sequence.done, sequence.done + num_tokens
-    )
+    def window(self, pack: Pack, sequence: Sequence, num_tokens: int) -> ForwardWindow:
+        """The plan's entry for the next tokens of a sequence, once they are in the iteration."""
+        assert sequence.request is not None
+        row_id, start = sequence.request.request_id, sequence.done
+        block_ids = self._manager.get_blocks(row_id).get_block_ids()[0]
+        return ForwardWindow(pack.pack_id, row_id, start, start + num_tokens, block_ids)

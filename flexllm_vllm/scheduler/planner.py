@@ -17,7 +17,7 @@ from flexllm_vllm.plan import (
 )
 from flexllm_vllm.scheduler.batch import BatchKind
 from flexllm_vllm.scheduler.budget import Budget
-from flexllm_vllm.scheduler.hidden_rows import HiddenRows, forward_window
+from flexllm_vllm.scheduler.hidden_rows import HiddenRows
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
 from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
@@ -428,7 +428,7 @@ class Planner:
                 # Inference took the blocks that were free at admission: wait, others may end.
                 self._yield_to(pack, plan)
                 break
-            plan.forward.append(forward_window(pack, sequence, size))
+            plan.forward.append(self._rows.window(pack, sequence, size))
             sequence.done += size
             used += size
         if all(s.done == s.num_rows for s in pack.sequences):

@@ -269,23 +269,19 @@ class Trainer:
         self,
         windows: list[ForwardWindow],
         batch_offsets: dict[str, int],
-        block_ids: Callable[[str], list[int]],
     ) -> None:
         """Says which rows of the batch that is about to run are finetuning tokens.
 
         Args:
             windows: of this iteration.
             batch_offsets: first row of each request in the batch, by request id.
-            block_ids: the block table of a request.
         """
         for window in windows:
             pack = self.packs.get(window.pack_id)
             if pack is None:
                 continue
             try:
-                pack.block_ids[window.row_id] = torch.tensor(
-                    block_ids(window.row_id), dtype=torch.int64
-                )
+                pack.block_ids[window.row_id] = torch.tensor(window.block_ids, dtype=torch.int64)
                 first = batch_offsets[window.row_id]
                 self._captures.append(
                     _Capture(

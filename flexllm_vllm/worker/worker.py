@@ -24,6 +24,7 @@ from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
 from flexllm_vllm.worker.kv_layout import check_kv_layout
 from flexllm_vllm.worker.lora_slots import TrainingSlots
+from flexllm_vllm.worker.model_runners import follow_batch_order, with_result
 from flexllm_vllm.worker.trainer import Trainer, kept_per_token
 
 logger = get_logger(__name__)
@@ -119,6 +120,7 @@ class FinetuningWorker(CPUWorker):
         manager = runner.lora_manager._adapter_manager
         cpu_lora_ops.know_ranks(manager)
         self._trainer = Trainer(model, self._policy, cache, TrainingSlots(manager, self.lora_dtype))
+        self._batch_order = follow_batch_order(runner)
         runner.model.register_forward_pre_hook(self._before_forward)
         cpu_compilation.choose_path(runner.model, self._needs_eager)
 
@@ -154,14 +156,11 @@ class FinetuningWorker(CPUWorker):
         """Maps finetuning rows to the batch, whose order is final now."""
         if self._trainer is None or self._plan is None or not self._plan.forward:
             return
-        runner = self.model_runner
         offsets, first = {}, 0
-        for req_id in runner.input_batch.req_ids:
+        for req_id in self._batch_order():
             offsets[req_id] = first
             first += self._num_scheduled_tokens[req_id]
-        self._trainer.begin_forward(
-            self._plan.forward, offsets, lambda row_id: runner.requests[row_id].block_ids[0]
-        )
+        self._trainer.begin_forward(self._plan.forward, offsets)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -203,9 +202,4 @@ class FinetuningWorker(CPUWorker):
         if self._trainer is None:
             return output
         result = self._trainer.take_result()
-        if result == StepResult():
-            return output
-        # vLLM's empty output is one shared object.
-        output = copy.copy(output)
-        output.finetuning = result
-        return output
+        return output if result == StepResult() else with_result(output, result)

@@ -201,3 +201,8 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def on_worker_runner(worker: Any) -> str:
+    """The module of vLLM's model runner."""
+    return type(worker.model_runner).__module__

@@ -150,6 +150,7 @@ class CheckedWorker(FakeWorker):
         assert output.num_scheduled_tokens[row_id] == end - start > 0
         pack, done = self.packs[window.pack_id], self._forwarded[window.pack_id]
         assert done[row_id] == start
+        assert window.block_ids == self._tables[row_id]
         done[row_id] = end
         self._write(row_id, start, [(row_id, position) for position in range(start, end)])
         first = self._offset(pack, row_id)

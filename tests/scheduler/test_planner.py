@@ -10,7 +10,7 @@ import pytest
 
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
-from flexllm_vllm.plan import AdapterLayout, PackResult, StepPlan
+from flexllm_vllm.plan import AdapterLayout, ForwardWindow, PackResult, StepPlan
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.pack import Pack, Sequence
 from flexllm_vllm.scheduler.pages import PagePool
@@ -46,6 +46,11 @@ class Rows:
         self.held[id(sequence)] = blocks
         self.num_rows += 1
         return True
+
+    def window(self, pack: Pack, sequence: Sequence, num_tokens: int) -> ForwardWindow:
+        assert sequence.request is not None
+        row_id, end = sequence.request.request_id, sequence.done + num_tokens
+        return ForwardWindow(pack.pack_id, row_id, sequence.done, end, [])
 
     def close(self, pack: Pack) -> None:
         for sequence in pack.sequences:

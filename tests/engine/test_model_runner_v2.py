@@ -1,0 +1,78 @@
+"""vLLM's model runner V2, its default on GPUs, run here through Triton's interpreter."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import harness
+import pytest
+from models import random_adapter, random_examples, random_model
+from test_gradients import MODELS, Engine, assert_equal, reference_gradients
+from vllm import SamplingParams
+
+from flexllm_vllm.jobs.types import LoraSpec
+
+INTERPRETER = Path(__file__).parent / "interpreter"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("v2")
+    model = random_model(folder / "model", **MODELS["qwen2-gqa-tied"])
+    with pytest.MonkeyPatch.context() as patch:
+        # This process has loaded vLLM without Triton; the engine's own processes are started anew.
+        patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        patch.setenv("FLEXLLM_TEST_INTERPRETER", "1")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        paths = [str(INTERPRETER), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        engine = Engine(model, folder)
+    yield engine
+    engine.close()
+
+
+def test_gradients_equal_peft_autograd(engine: Engine) -> None:
+    assert engine.llm.collective_rpc(harness.on_worker_runner) == [
+        "vllm.v1.worker.cpu.model_runner"
+    ]
+    init = random_adapter(engine.model, engine.folder / "adapter")
+    examples = random_examples([90, 9, 40])
+    expected = reference_gradients(engine, init, examples)
+    for window in (7, None):
+        metadata = {"window": str(window)} if window else None
+        engine.train(
+            examples, LoraSpec(r=8, lora_alpha=16), init, metadata, batch_size=3, n_epochs=1,
+            max_grad_norm=0.0,
+        )  # fmt: skip
+        (got,) = engine.gradients()
+        assert_equal(got, expected, 1e-4)
+
+
+def test_requests_and_gradients_are_right_in_one_batch(engine: Engine) -> None:
+    """Rows of both kinds in an order that is V2's own."""
+    init = random_adapter(engine.model, engine.folder / "beside", seed=4)
+    examples = random_examples([60, 9, 40], seed=3)
+    expected = reference_gradients(engine, init, examples)
+    prompts = [{"prompt_token_ids": ids} for ids, _ in random_examples([5, 30, 17], seed=8)]
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+    def answers() -> list[list[int]]:
+        outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    quiet = answers()
+    engine.gradients()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            engine.train, examples, LoraSpec(r=8, lora_alpha=16), init, {"window": "5"},
+            batch_size=3, n_epochs=1, max_grad_norm=0.0,
+        )  # fmt: skip
+        beside = []
+        while not job.done():
+            beside.append(answers())
+        job.result()
+    assert len(beside) > 1
+    assert all(found == quiet for found in beside)
+    (got,) = engine.gradients()
+    assert_equal(got, expected, 1e-4)
