@@ -10,6 +10,7 @@ forward windows, as rows of the fused forward. An optimizer step and the first f
 the next batch may therefore share an iteration, and what is saved is the adapter before that step.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,15 +120,31 @@ class ForwardWindow(NamedTuple):
 
 
 class BackwardWindow(NamedTuple):
-    """Rows ``[start, end)`` of a pack in one layer.
+    """Rows ``[start, end)`` of a pack, in a layer or in several.
 
-    ``layer == num_layers`` is the loss head, ``num_layers + 1`` the log-probabilities alone.
+    ``layer == num_layers`` is the loss head, ``num_layers + 1`` the log-probabilities alone. The
+    window goes from ``layer`` down to ``lowest``; through more than one layer only decoder layers,
+    and with all rows of the pack.
     """
 
     pack_id: int
     layer: int
     start: int
     end: int
+    lowest: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer - self.lowest + 1
+
+    @property
+    def num_token_layers(self) -> int:
+        return (self.end - self.start) * self.num_layers
+
+    def each_layer(self) -> Iterator["BackwardWindow"]:
+        """The window's layers, each a window, in the order in which they run."""
+        for layer in range(self.layer, self.lowest - 1, -1):
+            yield self._replace(layer=layer, lowest=layer)
 
 
 @dataclass(frozen=True)

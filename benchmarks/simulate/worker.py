@@ -97,7 +97,8 @@ class FakeWorker:
         for pack in plan.open:
             self.packs[pack.pack_id] = pack
         for window in plan.backward:
-            self._backward(window, contents, result)
+            for part in window.each_layer():
+                self._backward(part, contents, result)
         for step in plan.optimize:
             self._optimize(step.job_id)
             contents.optimizer_steps += 1

@@ -309,6 +309,17 @@ class Planner:
                 continue
             done = 0.0  # token-layers
             while pack.phase is PackPhase.BACKWARD and used < limit:
+                whole = budget.window + pack.num_rows * per_layer
+                if count := self._whole_layers(pack, limit - used, whole):
+                    first = False
+                    lowest = pack.layer - count + 1
+                    window = (pack.pack_id, pack.layer, 0, pack.num_rows, lowest)
+                    plan.backward.append(BackwardWindow(*window))
+                    used += count * whole
+                    done += count * pack.num_rows
+                    pack.layer = lowest
+                    self._advance(pack, pack.row)
+                    continue
                 row, layers = pack.row, self._layer_costs[pack.layer]
                 cost = per_layer * layers
                 wanted = int((limit - used - budget.window) / cost)
@@ -316,7 +327,8 @@ class Planner:
                     break
                 first = False
                 size = self._window(row, wanted, self.min_window)
-                plan.backward.append(BackwardWindow(pack.pack_id, pack.layer, row - size, row))
+                window = (pack.pack_id, pack.layer, row - size, row, pack.layer)
+                plan.backward.append(BackwardWindow(*window))
                 used += budget.window + size * cost
                 done += size * layers
                 self._advance(pack, size)
@@ -325,6 +337,16 @@ class Planner:
             if pack.phase is PackPhase.BACKWARD:
                 break
         return used
+
+    def _whole_layers(self, pack: Pack, limit: float, cost: float) -> int:
+        """Decoder layers of a pack that fit whole into what is left, from its present one on; each
+        would be a window of its own otherwise."""
+        if pack.layer >= self.shape.num_layers or pack.row < pack.num_rows:
+            return 0
+        if self.max_window is not None and pack.num_rows > self.max_window:
+            return 0
+        left = pack.layer - pack.layers[1] + 1
+        return left if left * cost <= limit else int(limit / cost)
 
     def layers(self, layer: int) -> float:
         """Cost of a layer's backward in decoder layers; ``num_layers`` is the loss head, and the

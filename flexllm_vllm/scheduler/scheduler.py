@@ -279,14 +279,16 @@ class FinetuningScheduler(Scheduler):
         if plan is not None:
             layers = self._planner.shape.num_layers
             forward = sum(w.end - w.start for w in plan.forward)
-            layer_tokens = sum(w.end - w.start for w in plan.backward if w.layer < layers)
-            weighted = sum((w.end - w.start) * self._planner.layers(w.layer) for w in plan.backward)
+            layer_tokens = sum(w.num_token_layers for w in plan.backward if w.layer < layers)
+            weighted = sum(
+                w.num_token_layers * self._planner.layers(w.layer) for w in plan.backward
+            )
             work = replace(
                 inference,
                 has_finetuning_rows=float(forward > 0),
                 forward_tokens=float(forward),
                 backward_tokens=weighted / layers,
-                backward_windows=float(len(plan.backward)),
+                backward_windows=float(sum(w.num_layers for w in plan.backward)),
                 optimizer_steps=float(len(plan.optimize)),
             )
         if not (work.has_inference or work.has_finetuning):

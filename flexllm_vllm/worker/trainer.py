@@ -95,7 +95,7 @@ class Trainer:
             state = self.packs.get(window.pack_id)
             if state is not None:
                 job_id = state.spec.job_id
-                self._guard(job_id, self._backward, window)
+                self._guard(job_id, self._run_backward, window)
         for save in plan.save:
             self._guard(save.job_id, self._save, save)
         for step in plan.optimize:
@@ -171,7 +171,12 @@ class Trainer:
         if parallel.rank == 0:
             self.saver.save(save, adapter, snapshot)
 
+    def _run_backward(self, window: BackwardWindow) -> None:
+        for part in window.each_layer():
+            self._backward(part)
+
     def _backward(self, window: BackwardWindow) -> None:
+        """A window of one layer."""
         pack = self.packs[window.pack_id]
         rows = slice(window.start, window.end)
         if window.layer >= self.model.num_layers:

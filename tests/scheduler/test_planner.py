@@ -111,7 +111,7 @@ class Worker:
             self.open[spec.pack_id] = spec
             self.forwarded[spec.pack_id] = [0] * len(spec.sequences)
             self.at[spec.pack_id] = (LAYERS, spec.num_rows)
-        for window in plan.backward:
+        for window in (part for window in plan.backward for part in window.each_layer()):
             spec = before[window.pack_id]  # its forward was complete an iteration ago
             done = [len(s.targets) for s in spec.sequences]
             assert self.forwarded[window.pack_id] == done
@@ -241,7 +241,7 @@ def test_the_backward_ends_with_the_lowest_layer_that_has_matrices(tmp_path: Pat
     lowest = LAYERS
     for _ in range(100):
         plan = worker.run(64)
-        lowest = min([lowest, *(w.layer for w in plan.backward)])
+        lowest = min([lowest, *(w.lowest for w in plan.backward)])
         if worker.saved:
             break
     assert worker.saved == ["a"]
@@ -304,3 +304,20 @@ def test_a_job_whose_planning_fails_leaves_the_others_alone(
     assert worker.steps["good"] == 4
     assert not rows.held
     assert planner.pages.num_free == planner.pages.num_pages
+
+
+def test_layers_that_fit_whole_are_one_window(tmp_path: Path) -> None:
+    """All layers of a pack where there is room for them; as many as fit where there is less."""
+    planner, _, worker = make()
+    make_loop(planner, "a", [20] * 4, tmp_path)
+    found = []
+    for _ in range(20):
+        found += worker.run(10_000).backward
+    decoder = [w for w in found if w.layer < LAYERS]
+    assert {(w.layer, w.lowest, w.start) for w in decoder} == {(LAYERS - 1, 0, 0)}
+
+    make_loop(planner, "b", [20] * 4, tmp_path)
+    plans = [worker.run(100) for _ in range(60)]
+    counts = {w.num_layers for plan in plans for w in plan.backward}
+    assert 1 in counts
+    assert counts & set(range(2, LAYERS))
