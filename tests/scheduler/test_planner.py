@@ -111,7 +111,7 @@ class Worker:
             self.open[spec.pack_id] = spec
             self.forwarded[spec.pack_id] = [0] * len(spec.sequences)
             self.at[spec.pack_id] = (LAYERS, spec.num_rows)
-        for window in (part for window in plan.backward for part in window.each_layer()):
+        for window in (part for whole in plan.backward for part in whole.each_layer()):
             spec = before[window.pack_id]  # its forward was complete an iteration ago
             done = [len(s.targets) for s in spec.sequences]
             assert self.forwarded[window.pack_id] == done
