@@ -111,6 +111,7 @@ class LayerChain:
                 segment.block_ids,
                 segment.start,
                 decoder.scale,
+                decoder.sliding_window(self._layer),
             )
         return out.flatten(1)
 

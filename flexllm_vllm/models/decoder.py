@@ -82,8 +82,6 @@ class Decoder:
                 f"finetuning needs a --tensor-parallel-size that divides the {num_kv_heads} KV "
                 f"heads of the model, and {size} does not: vLLM would keep one on several ranks"
             )
-        if any(getattr(x.attn, "sliding_window", None) is not None for x in attentions):
-            raise ValueError("finetuning does not support sliding-window attention yet")
         if any(getattr(x, "do_llama_4_scaling", False) for x in attentions):
             raise ValueError("finetuning does not support queries scaled by their position yet")
         if not hasattr(self.rotary, "cos_sin_cache"):
@@ -114,6 +112,10 @@ class Decoder:
         """Path of a linear (merged or PEFT's name) within the model."""
         parent = "self_attn" if name in _ATTENTION else "mlp"
         return f"model.layers.{layer}.{parent}.{name}"
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees, itself among them; None for all before it."""
+        return getattr(self.layers[layer].self_attn.attn, "sliding_window", None)
 
     def kv_cache(self, layer: int) -> torch.Tensor:
         """The layer's paged KV cache."""

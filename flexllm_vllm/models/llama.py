@@ -291,6 +291,7 @@ class LlamaBackward:
                 decoder.scale,
                 segment.dk,
                 segment.dv,
+                decoder.sliding_window(layer),
             )
             # All later queries have had their turn: the gradients of these K and V are complete.
             own = slice(segment.start, segment.start + rows.stop - rows.start)

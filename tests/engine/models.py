@@ -20,7 +20,8 @@ VOCAB = 320
 
 def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inner: int,
                  tied: bool, family: str = "llama", hidden: int | None = None, layers: int = 3,
-                 seed: int = 0, positions: int = 1024, **config_values: Any) -> Path:  # fmt: skip
+                 seed: int = 0, positions: int = 1024, sliding_window: int | None = None,
+                 **config_values: Any) -> Path:  # fmt: skip
     """A model with random float32 weights and a tokenizer of one word per token id.
 
     ``family`` is transformers' ``model_type``; ``hidden`` is ``heads * head_dim`` by default;
@@ -45,7 +46,7 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
         **config_values,
     )
     if family == "mistral":
-        config.sliding_window = None
+        config.sliding_window = sliding_window
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -209,6 +209,27 @@ def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:
             assert not tensor.any()
 
 
+def test_gradients_with_a_sliding_window(tmp_path: Path) -> None:
+    """vLLM gives KV blocks back that have left the window; the backward still reads them."""
+    model = random_model(tmp_path / "model", **MODELS["mistral-gqa-tied"], sliding_window=40)
+    engine = Engine(model, tmp_path)
+    try:
+        init = random_adapter(engine.model, tmp_path / "init")
+        examples = random_examples([400, 130, 9])
+        expected = reference_gradients(engine, init, examples)
+        for policy, window in (("store", 64), ("minimal", None)):
+            engine.keep(policy)
+            metadata = {"window": str(window)} if window else None
+            engine.train(
+                examples, LoraSpec(r=8, lora_alpha=16), init, metadata, batch_size=3, n_epochs=1,
+                max_grad_norm=0.0,
+            )  # fmt: skip
+            (got,) = engine.gradients()
+            assert_equal(got, expected, 1e-4)
+    finally:
+        engine.close()
+
+
 def test_bfloat16_gradients_point_where_the_exact_ones_do(tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits: some per cent on each matrix is its rounding, how many depends on the
     processor's GEMM. PEFT's own autograd in bfloat16 tells what is usual on this one."""
