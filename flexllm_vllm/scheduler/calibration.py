@@ -158,7 +158,7 @@ class Calibration:
         self._recording = False
         self.budget = Budget.of_tokens(0)
         self._planner.remove(JOB_ID)
-        self._planner.reset()
+        self._planner.packs.reset()
         self._scheduler.finish_requests(self._requests, RequestStatus.FINISHED_ABORTED)
         # The worker hears of what has ended with the next iteration.
         for _ in range(2):

@@ -202,7 +202,7 @@ class JobRunner:
             except Exception:
                 logger.exception("taking out finetuning job %s failed", job_id)
         try:
-            self._planner.reset()
+            self._planner.packs.reset()
         except Exception:
             logger.exception("freeing what finetuning holds failed")
 

@@ -18,6 +18,7 @@ from flexllm_vllm.plan import (
 from flexllm_vllm.scheduler.batch import BatchKind
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows
+from flexllm_vllm.scheduler.open_packs import OpenPacks
 from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence, make_packs
 from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
@@ -61,8 +62,7 @@ class Planner:
     Attributes:
         min_window: a smaller backward window is not cut, even where the budget ends before.
         max_window: a larger forward or backward window is not planned; None for no bound.
-        pages: of the activation cache.
-        num_dropped: packs given up to inference, or to an older pack, so far.
+        packs: that hold something.
         failed: jobs whose planning raised, to be taken by :meth:`take_failed`.
     """
 
@@ -73,12 +73,9 @@ class Planner:
         head = shape.loss_head_layers
         self._layer_costs = (*(1.0,) * shape.num_layers, head, head / 2)
         self._rows = rows
-        self.pages = PagePool(0)
+        self.packs = OpenPacks(rows)
         self.loops: dict[str, TrainingLoop] = {}
-        self._packs: dict[int, Pack] = {}
         self._ended: list[str] = []
-        self._dropped: list[int] = []
-        self.num_dropped = 0
         self.failed: dict[str, Exception] = {}
 
     # -- jobs --------------------------------------------------------------------------------
@@ -96,7 +93,7 @@ class Planner:
         packs = make_packs(
             loop.job.id,
             items,
-            max_rows=min(PACK_ROWS, self.pages.num_pages // 2 * per_page),
+            max_rows=min(PACK_ROWS, self.packs.pages.num_pages // 2 * per_page),
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
@@ -126,8 +123,8 @@ class Planner:
         loop = self.loops.get(job_id)
         if loop is None:
             return
-        if self.pages.num_pages != layout.num_pages:
-            self.pages = PagePool(layout.num_pages)
+        if self.packs.pages.num_pages != layout.num_pages:
+            self.packs.pages = PagePool(layout.num_pages)
         kept = layout.num_pages * layout.tokens_per_page
         in_kv_cache = self._rows.num_blocks * self._rows.block_size
         limit = min(kept, in_kv_cache)
@@ -152,48 +149,13 @@ class Planner:
             return
         if loop.started:
             self._ended.append(job_id)
-        for pack in [p for p in self._packs.values() if p.job_id == job_id]:
-            self._give_up(pack)
+        for pack in self.packs.of_job(job_id):
+            self.packs.give_up(pack)
 
     def take_failed(self) -> dict[str, Exception]:
         """Jobs that were taken out since their planning raised."""
         failed, self.failed = self.failed, {}
         return failed
-
-    def reset(self) -> None:
-        """Forgets all packs and frees what they held, whatever state they were left in."""
-        self.give_up_all()
-        self._rows.discard()
-        self._packs.clear()
-
-    # -- pressure ----------------------------------------------------------------------------
-
-    def give_up_youngest(self) -> bool:
-        """Frees the KV blocks of the pack that lost least; it is redone. False if there is none."""
-        open_packs = [p for p in self._packs.values() if p.is_open]
-        if not open_packs:
-            return False
-        self._give_up(max(open_packs, key=lambda p: p.pack_id))
-        self.num_dropped += 1
-        return True
-
-    def give_up_all(self) -> bool:
-        """Frees all KV blocks. False if there were none."""
-        given_up = False
-        while self.give_up_youngest():
-            given_up = True
-        return given_up
-
-    def _give_up(self, pack: Pack) -> None:
-        self._dropped.append(pack.pack_id)
-        self._close(pack)
-        pack.restart()
-
-    def _close(self, pack: Pack) -> None:
-        self._rows.close(pack)
-        self.pages.give_back(pack.pages)
-        pack.pages = ()
-        self._packs.pop(pack.pack_id, None)
 
     # -- planning ----------------------------------------------------------------------------
 
@@ -205,8 +167,8 @@ class Planner:
                 what it leaves: a forward with finetuning rows has costs of its own, so that few
                 large ones are better than a small one in every iteration.
         """
-        plan = StepPlan(end=self._ended, drop=self._dropped)
-        self._ended, self._dropped = [], []
+        plan = StepPlan(end=self._ended, drop=self.packs.take_dropped())
+        self._ended = []
         try:
             self._fill(plan, budget)
         except Exception:
@@ -216,7 +178,8 @@ class Planner:
 
     def take_back(self, plan: StepPlan) -> None:
         """A plan does not reach the worker, which will yet have to hear of what has ended."""
-        self._ended, self._dropped = plan.end + self._ended, plan.drop + self._dropped
+        self._ended = plan.end + self._ended
+        self.packs.give_back_dropped(plan.drop)
 
     def _fill(self, plan: StepPlan, budget: Budget) -> None:
         for loop in self.loops.values():
@@ -255,7 +218,7 @@ class Planner:
         """Takes out of a plan what was planned of jobs before their planning failed."""
         if not self.failed:
             return
-        packs = {p.pack_id for p in self._packs.values() if p.job_id in self.failed}
+        packs = {p.pack_id for job_id in self.failed for p in self.packs.of_job(job_id)}
         packs |= {o.pack_id for o in plan.open if o.job_id in self.failed}
         for job_id in self.failed:
             self.remove(job_id)
@@ -366,20 +329,10 @@ class Planner:
             return
         pack.layer -= 1
         pack.row = pack.num_rows
-        if pack.layer >= pack.layers[1]:
-            return
-        pack.phase = PackPhase.DONE
-        # The worker runs backward windows before the forward: blocks and pages are free for the
-        # forward windows of this very iteration.
-        self._rows.close(pack)
-        self.pages.give_back(pack.pages)
-        pack.pages = ()
-        self._forget(pack)
-
-    def _forget(self, pack: Pack) -> None:
-        """Drops a pack that is done, once its result is known too."""
-        if pack.phase is PackPhase.DONE and pack.result is not None:
-            self._packs.pop(pack.pack_id, None)
+        if pack.layer < pack.layers[1]:
+            # The worker runs backward windows before the forward: blocks and pages are free for the
+            # forward windows of this very iteration.
+            self.packs.finish(pack)
 
     def _plan_forward(self, loops: list[TrainingLoop], num_tokens: int, plan: StepPlan) -> None:
         for loop in loops:
@@ -406,22 +359,11 @@ class Planner:
         assert loop.layout is not None
         kind = loop.batch.kind
         num_pages = -(-pack.num_rows // self._tokens_per_page(loop, kind))
-        # Blocks that open packs will still ask for are not free, or two would wait for each other.
-        promised = sum(
-            s.num_blocks(self._rows.block_size) - -(-s.done // self._rows.block_size)
-            for other in self._packs.values()
-            if other.phase is PackPhase.FORWARD
-            for s in other.sequences
-        )
-        if num_pages > self.pages.num_free or not self._rows.fits(pack, promised):
-            return False
-        pack.pages = self.pages.take(num_pages)
-        pack.phase = PackPhase.FORWARD
-        self._packs[pack.pack_id] = pack
         lora = LoRARequest(
             f"finetuning-{loop.job.id}", loop.job.adapter_int_id, "in the worker's memory"
         )
-        self._rows.open(pack, None if kind is BatchKind.REFERENCE else lora)
+        if not self.packs.admit(pack, num_pages, None if kind is BatchKind.REFERENCE else lora):
+            return False
         plan.open.append(
             OpenPack(
                 pack_id=pack.pack_id,
@@ -448,7 +390,7 @@ class Planner:
                 continue
             if not self._rows.extend(sequence, size):
                 # Inference took the blocks that were free at admission: wait, others may end.
-                self._yield_to(pack, plan)
+                self.packs.yield_to(pack, {window.pack_id for window in plan.forward})
                 break
             plan.forward.append(self._rows.window(pack, sequence, size))
             sequence.done += size
@@ -457,36 +399,25 @@ class Planner:
             pack.begin_backward()
         return used
 
-    def _yield_to(self, pack: Pack, plan: StepPlan) -> None:
-        """Half-finished packs must not wait for each other's blocks: a younger one gives way."""
-        others = [p for p in self._packs.values() if p.is_open and p is not pack]
-        if any(p.phase is PackPhase.BACKWARD for p in others):
-            return  # it will be done, and free its blocks
-        planned = {window.pack_id for window in plan.forward}
-        younger = [p for p in others if p.pack_id > pack.pack_id and p.pack_id not in planned]
-        if younger:
-            self._give_up(max(younger, key=lambda p: p.pack_id))
-            self.num_dropped += 1
-
     # -- results -----------------------------------------------------------------------------
 
     def job_of(self, pack_id: int) -> str | None:
         """The job that a pack belongs to; None if it was given up."""
-        pack = self._packs.get(pack_id)
+        pack = self.packs.get(pack_id)
         return pack.job_id if pack is not None else None
 
     def report(self, pack_id: int, result: PackResult) -> None:
         """The worker has the loss, or the score, of a pack."""
-        pack = self._packs.get(pack_id)
+        pack = self.packs.get(pack_id)
         if pack is None:
             return
         pack.result = result
-        self._forget(pack)
+        self.packs.forget(pack)
         if (loop := self.loops.get(pack.job_id)) is not None:
             loop.pack_reported()
 
     def hold(self, job_id: str) -> None:
         """Plans nothing more of a job; its packs give up what they hold."""
-        for pack in [p for p in self._packs.values() if p.job_id == job_id]:
-            self._give_up(pack)
+        for pack in self.packs.of_job(job_id):
+            self.packs.give_up(pack)
         self.loops[job_id].hold()

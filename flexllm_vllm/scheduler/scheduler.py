@@ -138,7 +138,7 @@ class FinetuningScheduler(Scheduler):
             logger.exception("finetuning is not calibrated, and will learn from the traffic")
         finally:
             self._jobs, self._calibration = jobs, None
-            self._planner.num_dropped = 0
+            self._planner.packs.num_dropped = 0
 
     def _give_way_to_inference(self) -> None:
         """Wraps ``allocate_slots``: vLLM preempts, or refuses a request, when it returns None,
@@ -147,7 +147,7 @@ class FinetuningScheduler(Scheduler):
 
         def allocate_slots(*args: Any, **kwargs: Any) -> Any:
             blocks = allocate(*args, **kwargs)
-            while blocks is None and self._give_up(self._planner.give_up_youngest):
+            while blocks is None and self._give_up(self._planner.packs.give_up_youngest):
                 blocks = allocate(*args, **kwargs)
             return blocks
 
@@ -228,11 +228,11 @@ class FinetuningScheduler(Scheduler):
     def set_pause_state(self, pause_state: PauseState) -> None:
         super().set_pause_state(pause_state)
         if pause_state is not PauseState.UNPAUSED:
-            self._give_up(self._planner.give_up_all)
+            self._give_up(self._planner.packs.give_up_all)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         # vLLM refuses while anyone holds blocks.
-        self._give_up(self._planner.give_up_all)
+        self._give_up(self._planner.packs.give_up_all)
         return super().reset_prefix_cache(*args, **kwargs)
 
     def shutdown(self) -> None:
@@ -247,10 +247,10 @@ class FinetuningScheduler(Scheduler):
 
     def finetuning_stats(self) -> dict[str, Any]:
         """Counters and gauges for ``/metrics`` (see :class:`FinetuningStats`)."""
-        model, pages = self._budget.model, self._planner.pages
+        model, pages = self._budget.model, self._planner.packs.pages
         return self._stats.snapshot(
             running_jobs=self._planner.loops,
-            dropped_packs=self._planner.num_dropped,
+            dropped_packs=self._planner.packs.num_dropped,
             pages=pages.num_pages,
             free_pages=pages.num_free,
             mape=model.mape,

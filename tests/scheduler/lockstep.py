@@ -145,7 +145,7 @@ class Pair:
     def _check_nothing_is_left(self) -> None:
         assert self.worker.is_empty
         assert not self.ours.planner.loops
-        pages = self.ours.planner.pages
+        pages = self.ours.planner.packs.pages
         assert pages.num_free == pages.num_pages
         assert self.ours.kv_cache_manager.block_pool.get_num_free_blocks() == self.case.blocks
 

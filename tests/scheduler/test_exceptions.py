@@ -16,11 +16,12 @@ OF_A_JOB = [
     "loop.start", "loop.open_batch", "loop.close_batch", "loop.step_done", "loop.take_save",
     "loop.saved", "loop.pack_reported", "loop.serve", "loop.hold", "planner._backward_of",
     "planner._forward_of", "planner._admit", "planner._advance", "planner.started",
-    "planner.report", "planner._window", "rows.fits", "rows.open", "rows.extend",
+    "planner.report", "planner._window", "packs.admit", "packs.finish", "rows.fits", "rows.open",
+    "rows.extend",
 ]  # fmt: skip
 OF_ALL = [
     "planner.plan", "planner._plan_steps", "planner._leave_out_failed", "planner.take_failed",
-    "planner.give_up_youngest", "planner._give_up", "planner._close", "planner.remove",
+    "packs.give_up_youngest", "packs.give_up", "packs._release", "planner.remove",
     "planner.job_of", "rows.close", "rows.attach", "budget.target_ms", "budget.observe",
     "feeder.take_jobs", "feeder.write",
 ]  # fmt: skip
@@ -53,6 +54,7 @@ def raise_at(pair: Pair, place: str, call: int) -> Callable[[], bool]:
     else:
         owner = {
             "planner": ours.planner,
+            "packs": ours.planner.packs,
             "rows": ours._rows,
             "budget": ours._budget,
             "feeder": ours.feeder,

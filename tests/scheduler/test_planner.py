@@ -183,7 +183,7 @@ def test_a_dropped_pack_is_redone_whole_under_a_new_id(tmp_path: Path) -> None:
     dropped = 0
     for i in range(2000):
         if i % 7 == 6 and dropped < 20:
-            dropped += planner.give_up_youngest()
+            dropped += planner.packs.give_up_youngest()
         worker.run(16)
         if worker.saved:
             break
@@ -303,7 +303,7 @@ def test_a_job_whose_planning_fails_leaves_the_others_alone(
     assert worker.saved == ["good"]
     assert worker.steps["good"] == 4
     assert not rows.held
-    assert planner.pages.num_free == planner.pages.num_pages
+    assert planner.packs.pages.num_free == planner.packs.pages.num_pages
 
 
 def test_layers_that_fit_whole_are_one_window(tmp_path: Path) -> None:
