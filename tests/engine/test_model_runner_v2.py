@@ -66,7 +66,7 @@ def test_requests_and_gradients_are_right_in_one_batch(engine: Engine) -> None:
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(
             engine.train, examples, LoraSpec(r=8, lora_alpha=16), init, {"window": "5"},
-            batch_size=3, n_epochs=1, max_grad_norm=0.0,
+            batch_size=3, n_epochs=8, max_grad_norm=0.0, learning_rate=1e-12,
         )  # fmt: skip
         beside = []
         while not job.done():
@@ -74,5 +74,7 @@ def test_requests_and_gradients_are_right_in_one_batch(engine: Engine) -> None:
         job.result()
     assert len(beside) > 1
     assert all(found == quiet for found in beside)
-    (got,) = engine.gradients()
-    assert_equal(got, expected, 1e-4)
+    steps = engine.gradients()
+    assert len(steps) == 8  # which hardly move the weights
+    for got in steps:
+        assert_equal(got, expected, 1e-4)
