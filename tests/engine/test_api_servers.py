@@ -18,7 +18,6 @@ import torch
 from models import ALL_TARGETS, VOCAB, random_adapter, random_model
 from peft import PeftModel
 from peft_adapters import archive_of
-from prometheus_client.parser import text_string_to_metric_families
 from server import NAME, Server, start_job, train_file, wait_for
 from transformers import AutoModelForCausalLM
 
@@ -130,13 +129,6 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
-def num_running(server: Server) -> float:
-    """Requests that the engine works on."""
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
-    [running] = [family for family in families if family.name == "vllm:num_requests_running"]
-    return sum(sample.value for sample in running.samples)
-
-
 def strong_adapter(server: Server, seed: int, r: int = 8, targets: Any = ALL_TARGETS) -> Path:
     """An adapter that changes what the model says."""
     folder = server.log.parent / f"adapter-{seed}"
@@ -245,14 +237,16 @@ def test_a_stream_outlives_the_deletion_of_its_adapter(server: Server) -> None:
     clients = each(server, ACME)
     stream = iter(client.completions.create(**request, stream=True))
     pieces = [next(stream) for _ in range(5)]
-    clients[0].models.delete(name)
-    assert all(within_each(clients, lambda c: name not in [m.id for m in c.models.list()]))
-    for client in clients:
-        assert code_of(lambda c=client: c.models.retrieve(name)) == (404, "model_not_found")
-        assert code_of(lambda c=client: logprobs(c, name)) == (404, "model_not_found")
-        logprobs(client, kept)
-    assert num_running(server) >= 1, "the stream was over before"
-    rest = list(stream)
+    with ThreadPoolExecutor(1) as pool:
+        arriving = pool.submit(list, stream)
+        clients[0].models.delete(name)
+        assert all(within_each(clients, lambda c: name not in [m.id for m in c.models.list()]))
+        for client in clients:
+            assert code_of(lambda c=client: c.models.retrieve(name)) == (404, "model_not_found")
+            assert code_of(lambda c=client: logprobs(c, name)) == (404, "model_not_found")
+            logprobs(client, kept)
+        assert not arriving.done(), "the stream was over before"
+        rest = arriving.result()
     text = "".join(piece.choices[0].text for piece in pieces + rest)
     assert text == undisturbed
     assert rest[-1].choices[0].finish_reason == "length"
