@@ -88,6 +88,18 @@ class Engine:
             for step in torch.load(path)
         ]  # fmt: skip
 
+    def one_step(
+        self, examples: Any, init: Path, window: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of one batch of the examples, in windows of a size or of the scheduler's."""
+        metadata = {"window": str(window)} if window else None
+        lora = LoraSpec(r=8, lora_alpha=16)
+        self.train(
+            examples, lora, init, metadata, batch_size=len(examples), n_epochs=1, max_grad_norm=0.0
+        )
+        (got,) = self.gradients()
+        return got
+
     def close(self) -> None:
         self.store.close()
         self.llm.llm_engine.engine_core.shutdown()
@@ -122,13 +134,9 @@ def test_gradients_equal_peft_autograd_whatever_the_windows(engine: Engine) -> N
     init = random_adapter(engine.model, engine.folder / "all")
     examples = random_examples([150, 9, 70])
     expected = reference_gradients(engine, init, examples)
-    lora = LoraSpec(r=8, lora_alpha=16)
     engine.keep("balanced")
     for window in (1, 7, 64, None):
-        metadata = {"window": str(window)} if window else None
-        engine.train(examples, lora, init, metadata, batch_size=3, n_epochs=1, max_grad_norm=0.0)
-        (got,) = engine.gradients()
-        assert_equal(got, expected, 1e-4)
+        assert_equal(engine.one_step(examples, init, window), expected, 1e-4)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj")])
@@ -219,13 +227,7 @@ def test_gradients_with_a_sliding_window(tmp_path: Path) -> None:
         expected = reference_gradients(engine, init, examples)
         for policy, window in (("store", 64), ("minimal", None)):
             engine.keep(policy)
-            metadata = {"window": str(window)} if window else None
-            engine.train(
-                examples, LoraSpec(r=8, lora_alpha=16), init, metadata, batch_size=3, n_epochs=1,
-                max_grad_norm=0.0,
-            )  # fmt: skip
-            (got,) = engine.gradients()
-            assert_equal(got, expected, 1e-4)
+            assert_equal(engine.one_step(examples, init, window), expected, 1e-4)
     finally:
         engine.close()
 
