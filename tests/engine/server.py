@@ -137,6 +137,37 @@ def wait_for_step(client: openai.OpenAI, job_id: str, step: int = 1, timeout: fl
     raise TimeoutError(job_id)
 
 
+def wait_for_status(client: openai.OpenAI, job_id: str, status: str, timeout: float = 60) -> None:
+    """Until the job has this status."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        found = client.fine_tuning.jobs.retrieve(job_id).status
+        if found == status:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{job_id} is {found}")
+
+
+def steps(client: Any, job_id: str) -> list[tuple[int, float]]:
+    """Step and loss of every metrics event, oldest first."""
+    events = list(client.fine_tuning.jobs.list_events(job_id, limit=100))  # all pages
+    return [(e.data["step"], e.data["train_loss"]) for e in events[::-1] if e.type == "metrics"]
+
+
+def steps_within(client: Any, file_id: str, seconds: float, warm_up: int = 20,
+                 **options: Any) -> int:  # fmt: skip
+    """Steps that a job does in this time on this machine, once it has done ``warm_up``."""
+    job = start_job(client, file_id, max_steps=10_000, **options)
+    wait_for_step(client, job.id, warm_up)
+    began, first = time.monotonic(), max(step for step, _ in steps(client, job.id))
+    time.sleep(4)
+    last = max(step for step, _ in steps(client, job.id))
+    rate = (last - first) / (time.monotonic() - began)
+    client.fine_tuning.jobs.cancel(job.id)
+    wait_for(client, job.id)
+    return int(rate * seconds)
+
+
 def generate(client: openai.OpenAI, prompts: list[str], model: str = NAME, max_tokens: int = 24,
              parallel: int = 8) -> list[Any]:  # fmt: skip
     """Greedy completions with the top two logprobs of each token, several at a time."""

@@ -4,14 +4,13 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from models import random_model
 from prompts import SUBJECTS
 from safetensors.torch import load_file
-from server import Server, start_job, train_file, wait_for, wait_for_step
+from server import Server, start_job, steps, steps_within, train_file, wait_for, wait_for_step
 
 from flexllm_vllm.checkpoints import resumable_steps
 
@@ -136,25 +135,6 @@ def test_sigterm_ends_a_server_with_a_running_job_cleanly(model: Path, tmp_path:
 
 def weights(folder: Path, job_id: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "store" / "jobs" / job_id / "adapter" / "adapter_model.safetensors")
-
-
-def steps(client: Any, job_id: str) -> list[tuple[int, float]]:
-    """Step and loss of every metrics event, oldest first."""
-    events = list(client.fine_tuning.jobs.list_events(job_id, limit=100))  # all pages
-    return [(e.data["step"], e.data["train_loss"]) for e in events[::-1] if e.type == "metrics"]
-
-
-def steps_within(client: Any, file_id: str, seconds: float, **options: Any) -> int:
-    """Steps that a job does in this time on this machine."""
-    job = start_job(client, file_id, max_steps=10_000, **options)
-    wait_for_step(client, job.id, 20)
-    began, first = time.monotonic(), max(step for step, _ in steps(client, job.id))
-    time.sleep(4)
-    last = max(step for step, _ in steps(client, job.id))
-    rate = (last - first) / (time.monotonic() - began)
-    client.fine_tuning.jobs.cancel(job.id)
-    wait_for(client, job.id)
-    return int(rate * seconds)
 
 
 @pytest.mark.timeout(240 + 120 * (KILLS + 2))
