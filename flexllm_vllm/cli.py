@@ -21,7 +21,7 @@ from flexllm_vllm.release import check_vllm_release
 
 logger = get_logger(__name__)
 
-SCHEDULER = "flexllm_vllm.scheduler.FinetuningScheduler"
+SCHEDULER = "flexllm_vllm.scheduler.finetuning_scheduler"
 WORKER = "flexllm_vllm.worker.FinetuningWorker"
 
 # Adapters that can be served beside the base model when the user has not said --max-loras.
@@ -305,10 +305,6 @@ def check_combination(
             engine_args.kv_cache_dtype not in ("auto", None) and engine_args.kv_cache_dtype,
             "the backward reads K and V back in the model's dtype",
         ),
-        "--async-scheduling": (
-            engine_args.async_scheduling is True,
-            "the finetuning scheduler plans from finished iterations",
-        ),
     }
     for flag, (given, reason) in conflicts.items():
         if given:
@@ -336,7 +332,6 @@ def apply_to_engine_args(engine_args: Any, config: FinetuningConfig) -> None:
         engine_args.max_lora_rank = config.max_lora_rank
     engine_args.scheduler_cls = SCHEDULER
     engine_args.worker_cls = WORKER
-    engine_args.async_scheduling = False
     engine_args.shutdown_timeout = engine_args.shutdown_timeout or SHUTDOWN_TIMEOUT
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),

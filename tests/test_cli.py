@@ -121,7 +121,6 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         (["--quantization", "fp8"], "--quantization"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype"),
-        (["--async-scheduling"], "--async-scheduling"),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
         (["--worker-cls", "my.Worker"], "--worker-cls"),
         (["--headless"], "--headless"),

@@ -43,7 +43,7 @@ def measure(spec: EngineSpec, num_jobs: int, iterations: int = 1500) -> dict[str
     calls: dict[str, list[float]] = {}
     scheduler = simulation.scheduler
     for iteration in range(iterations + 100):
-        simulation.step_fn()
+        simulation.step()
         output = alone.schedule()
         alone.update_from_output(output, worker.run(output)[0])
         if iteration < 100:

@@ -54,7 +54,7 @@ def make_request(
 class Simulation:
     """An engine whose iterations take as long as a made-up machine says.
 
-    It has what the scheduler wants of vLLM's engine core: ``step_fn``, ``is_running``,
+    It has what the scheduler wants of vLLM's engine core: ``step``, ``is_running``,
     ``input_queue``.
 
     Args:
@@ -104,7 +104,7 @@ class Simulation:
         while self.now < seconds:
             self._receive()
             if self.scheduler.has_requests():
-                self.step_fn()
+                self.step()
             else:
                 self.now = min(seconds, self._next.time if self._next else seconds)
 
@@ -119,7 +119,7 @@ class Simulation:
             if self.measures is not None:
                 self.measures.arrived(name, arrival)
 
-    def step_fn(self) -> None:
+    def step(self) -> None:
         """One iteration."""
         scheduler = self.scheduler
         began = self.now

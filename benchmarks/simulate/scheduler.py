@@ -5,19 +5,20 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks.simulate.jobs import MemoryFeeder
-from flexllm_vllm.scheduler import FinetuningScheduler
 from flexllm_vllm.scheduler import scheduler as scheduler_module
 from flexllm_vllm.scheduler.latency_model import LatencyModel
 from flexllm_vllm.scheduler.planner import Planner
+from flexllm_vllm.scheduler.scheduler import FinetuningMixin
 
 
-class TimedScheduler(Scheduler):
-    """Stock vLLM's, which stops the time of its last calls: the processor's, since a neighbour on
-    the machine is no part of it.
+class _Timed(Scheduler):
+    """Stops the time of its last calls: the processor's, since a neighbour on the machine is no
+    part of it.
 
     Attributes:
         stock_schedule: CPU seconds of the last ``schedule()``.
@@ -40,7 +41,15 @@ class TimedScheduler(Scheduler):
         return outputs
 
 
-class SimulatedScheduler(FinetuningScheduler, TimedScheduler):
+class TimedScheduler(_Timed, Scheduler):
+    """Stock vLLM's."""
+
+
+class TimedAsyncScheduler(_Timed, AsyncScheduler):
+    """Stock vLLM's that schedules ahead of results."""
+
+
+class _Simulated(FinetuningMixin):
     """Ours. ``super()`` in the finetuning scheduler means the timed stock scheduler.
 
     Args:
@@ -50,7 +59,10 @@ class SimulatedScheduler(FinetuningScheduler, TimedScheduler):
         feeder: takes jobs.
         own_schedule: CPU seconds of the last ``schedule()`` that were ours.
         own_update: the same of ``update_from_output()``.
+        target_ms: longest that the last iteration was to take because of finetuning.
     """
+
+    target_ms: float | None = None
 
     def __init__(self, *args: Any, clock: Callable[[], float], **kwargs: Any) -> None:
         self.feeder = MemoryFeeder()
@@ -64,6 +76,7 @@ class SimulatedScheduler(FinetuningScheduler, TimedScheduler):
         began = time.thread_time()
         output = super().schedule(*args, **kwargs)
         self.own_schedule = time.thread_time() - began - self.stock_schedule
+        self.target_ms = self._recorder.last_target_ms
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +93,10 @@ class SimulatedScheduler(FinetuningScheduler, TimedScheduler):
     def latency_model(self) -> LatencyModel:
         return self._budget.model
 
-    @property
-    def target_ms(self) -> float | None:
-        """Longest that the last iteration was to take because of finetuning."""
-        return self._target_ms
+
+class SimulatedScheduler(_Simulated, TimedScheduler):
+    """Over :class:`TimedScheduler`."""
+
+
+class AsyncSimulatedScheduler(_Simulated, TimedAsyncScheduler):
+    """Over :class:`TimedAsyncScheduler`."""

@@ -1,8 +1,12 @@
 """The engine process: vLLM's scheduler with finetuning work added to its iterations.
 
-vLLM finds the class by its name, ``flexllm_vllm.scheduler.FinetuningScheduler``.
+vLLM finds it by a name, ``flexllm_vllm.scheduler.finetuning_scheduler``.
 """
 
-from flexllm_vllm.scheduler.scheduler import FinetuningScheduler
+from flexllm_vllm.scheduler.scheduler import (
+    AsyncFinetuningScheduler,
+    FinetuningScheduler,
+    finetuning_scheduler,
+)
 
-__all__ = ["FinetuningScheduler"]
+__all__ = ["AsyncFinetuningScheduler", "FinetuningScheduler", "finetuning_scheduler"]

@@ -69,15 +69,22 @@ class LatencyBudget:
             what its decode rows take alone, or what :data:`MIN_AUTO_TOKENS` beside them take.
         ttft_slo_ms: bounds iterations that hold none; None: :data:`IDLE_MULTIPLE` times the target
             beside one decode row.
+        num_in_flight: iterations that are scheduled at once: a request that arrives waits for all
+            of them, so that those without inference share their bound.
     """
 
     def __init__(
-        self, max_tokens: int, tpot_slo_ms: float | None = None, ttft_slo_ms: float | None = None
+        self,
+        max_tokens: int,
+        tpot_slo_ms: float | None = None,
+        ttft_slo_ms: float | None = None,
+        num_in_flight: int = 1,
     ) -> None:
         self.model = LatencyModel()
         self._max_tokens = max_tokens
         self._tpot_slo_ms = tpot_slo_ms
         self._ttft_slo_ms = ttft_slo_ms
+        self._num_in_flight = num_in_flight
         self._left_out = 0
         self._warned = False
         self._since_inference = LINGER
@@ -88,8 +95,10 @@ class LatencyBudget:
             inference = IterationWork(decode_rows=1.0)
         if not inference.has_inference:
             if self._ttft_slo_ms is not None:
-                return IDLE_SHARE_OF_TTFT * self._ttft_slo_ms
-            return IDLE_MULTIPLE * self.target_ms(IterationWork(decode_rows=1.0))
+                idle = IDLE_SHARE_OF_TTFT * self._ttft_slo_ms
+            else:
+                idle = IDLE_MULTIPLE * self.target_ms(IterationWork(decode_rows=1.0))
+            return idle / self._num_in_flight
         if self._tpot_slo_ms is not None:
             return self._tpot_slo_ms
         rows = IterationWork(max(1.0, inference.decode_rows), inference.decode_context)

@@ -81,7 +81,7 @@ class Calibration:
         try:
             for recording in self._iterations():
                 self._recording = recording
-                self._engine.step_fn()
+                self._engine.step()
                 if time.monotonic() - began > MAX_SECONDS:
                     break
         finally:
@@ -162,5 +162,5 @@ class Calibration:
         self._scheduler.finish_requests(self._requests, RequestStatus.FINISHED_ABORTED)
         # The worker hears of what has ended with the next iteration.
         for _ in range(2):
-            self._engine.step_fn()
+            self._engine.step()
         self._scheduler.reset_prefix_cache()

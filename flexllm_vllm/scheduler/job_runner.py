@@ -98,7 +98,9 @@ class JobRunner:
         """Takes in what the worker answered to a plan."""
         result = result or StepResult()
         for job_id, failure in result.failures.items():
-            self._fail(job_id, failure)
+            # Of one that has failed meanwhile the worker may still report what was planned before.
+            if job_id in self._planner.loops:
+                self._fail(job_id, failure)
         for job_id, layout in result.started.items():
             self._guard(job_id, self._planner.started, job_id, layout)
         for pack_id, pack_result in result.packs.items():
@@ -131,14 +133,14 @@ class JobRunner:
         if loop is None:
             return
         metrics = loop.step_done(grad_norm)
+        step, total, tokens = loop.progress.step, loop.total_steps, loop.progress.trained_tokens
         self._stats.optimizer_step(
             job_id,
-            step=loop.step,
+            step=step,
             loss=metrics["train_loss"],
             grad_norm=grad_norm,
             tokens=metrics["tokens"],
         )
-        step, total, tokens = loop.step, loop.total_steps, loop.progress.trained_tokens
 
         def write(store: JobStore) -> None:
             store.record_progress(job_id, step, total, tokens)

@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,12 +22,13 @@ from flexllm_vllm.plan import StepPlan
 from flexllm_vllm.scheduler.budget import LatencyBudget
 from flexllm_vllm.scheduler.calibration import Calibration
 from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
-from flexllm_vllm.scheduler.hidden_rows import FinetuningSchedulerOutput, HiddenRows
-from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, inference_work
+from flexllm_vllm.scheduler.hidden_rows import HiddenRows
+from flexllm_vllm.scheduler.iterations import inference_work
 from flexllm_vllm.scheduler.job_runner import JobRunner
 from flexllm_vllm.scheduler.latency_model import IterationWork
 from flexllm_vllm.scheduler.planner import ModelShape, Planner
-from flexllm_vllm.scheduler.stats import FinetuningStats, Kind
+from flexllm_vllm.scheduler.recorder import InFlight, IterationRecorder
+from flexllm_vllm.scheduler.stats import FinetuningStats
 
 logger = get_logger(__name__)
 
@@ -37,12 +40,23 @@ SAVE_TIMEOUT_S = 8.0
 ONE_REQUEST = IterationWork(decode_rows=1.0)
 
 
-class FinetuningScheduler(Scheduler):
-    """Stock scheduling first, finetuning with what is left.
+if TYPE_CHECKING:  # the mix-in extends its methods
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+else:
+    _Base = object
+
+
+class FinetuningMixin(_Base):
+    """Over one of vLLM's schedulers: stock scheduling first, finetuning with what is left.
 
     Inference gets what it would get from the stock scheduler: finetuning work is added after it,
     and where vLLM lacks a KV block that finetuning holds, finetuning gives it up before vLLM
     preempts a request or refuses one. An exception in finetuning ends jobs, never an iteration.
+
+    With asynchronous scheduling an iteration is planned before the results of the last are known:
+    no plan depends on them, but for those of jobs that wait for a result (a new adapter, the
+    scores of a reference). The worker runs iterations in their order, so that blocks and pages
+    which a plan frees may be given to rows of the same plan, whatever is still in flight.
     """
 
     # Seconds; a simulation has its own.
@@ -56,18 +70,23 @@ class FinetuningScheduler(Scheduler):
         self._rows = HiddenRows(self, config.max_rows)
         self._planner = Planner(_model_shape(self.vllm_config), self._rows)
         self._max_tokens = config.max_tokens
-        self._budget = LatencyBudget(config.max_tokens, config.tpot_slo_ms, config.ttft_slo_ms)
-        self._iterations = IterationLog()
-        self._is_recording = True
+        self._budget = LatencyBudget(
+            config.max_tokens,
+            config.tpot_slo_ms,
+            config.ttft_slo_ms,
+            num_in_flight=2 if isinstance(self, AsyncScheduler) else 1,
+        )
         observability = self.vllm_config.observability_config
         self._stats = FinetuningStats(
             histogram_buckets(
                 "inter_token_latency", overrides=observability.custom_histogram_buckets
             )
         )
-        self._target_ms: float | None = None
-        self._inference = IterationWork()
-        self._iteration_began = (time.time(), self._clock())
+        shape = self._planner.shape
+        self._recorder = IterationRecorder(
+            self._clock, self._budget, self._stats, shape.num_layers, self._planner.layers
+        )
+        self._is_recording = True
         self._calibration: Calibration | None = None
         self._engine_runs: Callable[[], bool] = lambda: True
         self._wake_engine: Callable[[], None] = lambda: None
@@ -123,6 +142,7 @@ class FinetuningScheduler(Scheduler):
         jobs = self._jobs
         self._jobs = JobRunner(self._planner, NoStore(), "", FinetuningStats([]))
         self._calibration = Calibration(engine, self, self._planner, self._max_tokens)
+        self._recorder.calibrate = self._calibration.observe
         try:
             self._budget.model.calibrate(self._calibration.run())
             logger.info(
@@ -137,7 +157,7 @@ class FinetuningScheduler(Scheduler):
         except Exception:
             logger.exception("finetuning is not calibrated, and will learn from the traffic")
         finally:
-            self._jobs, self._calibration = jobs, None
+            self._jobs, self._calibration, self._recorder.calibrate = jobs, None, None
             self._planner.packs.num_dropped = 0
 
     def _give_way_to_inference(self) -> None:
@@ -177,20 +197,24 @@ class FinetuningScheduler(Scheduler):
         return super().has_requests() or (self._may_finetune and self._jobs.has_work)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._iteration_began = (time.time(), self._clock())
-        self._target_ms = None
+        iteration = self._recorder.begin()
         output = super().schedule(*args, **kwargs)
-        if not (self._may_finetune and self._jobs.has_work):
-            return output
+        if self._may_finetune and self._jobs.has_work:
+            output = self._add_finetuning(output, iteration)
+        iteration.output = output
+        return output
+
+    def _add_finetuning(self, output: SchedulerOutput, iteration: InFlight) -> SchedulerOutput:
+        """vLLM's output with the finetuning work that fits into its iteration."""
         plan: StepPlan | None = None
         try:
             self._jobs.take_news()
             left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-            inference = self._inference = inference_work(output)
-            self._target_ms = self._budget.target_ms(inference)
+            inference = iteration.inference = inference_work(output)
+            target_ms = iteration.target_ms = self._budget.target_ms(inference)
             calibration = self._calibration
             if calibration is None:
-                budget = self._budget.budget(inference, self._target_ms, left)
+                budget = self._budget.budget(inference, target_ms, left)
             else:
                 budget = replace(
                     calibration.budget, max_tokens=min(left, calibration.budget.max_tokens)
@@ -218,7 +242,7 @@ class FinetuningScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._is_recording:
             try:
-                self._record(scheduler_output)
+                self._recorder.end(scheduler_output)
             except Exception:
                 # Finetuning goes on with what the latency model has learnt so far.
                 logger.exception("iterations are recorded no more")
@@ -243,7 +267,7 @@ class FinetuningScheduler(Scheduler):
 
     def finetuning_iterations(self, last: int) -> list[dict[str, Any]]:
         """The last iterations, oldest first (see :class:`Iteration`)."""
-        return self._iterations.last(last)
+        return self._recorder.log.last(last)
 
     def finetuning_stats(self) -> dict[str, Any]:
         """Counters and gauges for ``/metrics`` (see :class:`FinetuningStats`)."""
@@ -271,71 +295,6 @@ class FinetuningScheduler(Scheduler):
         loras = (request.lora_request for request in self.requests.values())
         return sorted({lora.lora_int_id for lora in loras if lora is not None})
 
-    def _record(self, output: Any) -> None:
-        started, began = self._iteration_began
-        plan = output.finetuning if isinstance(output, FinetuningSchedulerOutput) else None
-        work = inference = inference_work(output) if plan is None else self._inference
-        layer_tokens = 0
-        if plan is not None:
-            layers = self._planner.shape.num_layers
-            forward = sum(w.end - w.start for w in plan.forward)
-            layer_tokens = sum(w.num_token_layers for w in plan.backward if w.layer < layers)
-            weighted = sum(
-                w.num_token_layers * self._planner.layers(w.layer) for w in plan.backward
-            )
-            work = replace(
-                inference,
-                has_finetuning_rows=float(forward > 0),
-                forward_tokens=float(forward),
-                backward_tokens=weighted / layers,
-                backward_windows=float(sum(w.num_layers for w in plan.backward)),
-                optimizer_steps=float(len(plan.optimize)),
-            )
-        if not (work.has_inference or work.has_finetuning):
-            return
-        duration_ms = 1e3 * (self._clock() - began)
-        if self._calibration is not None:
-            self._calibration.observe(work, duration_ms)
-            return
-        predicted_ms = self._budget.model.predict_ms(work)
-        self._count(work, inference, duration_ms, predicted_ms)
-        self._iterations.add(
-            Iteration(
-                start_time=started,
-                duration_ms=duration_ms,
-                target_ms=self._target_ms,
-                predicted_ms=predicted_ms,
-                decode_tokens=int(work.decode_rows),
-                prefill_tokens=int(work.prefill_tokens),
-                finetuning_forward_tokens=int(work.forward_tokens),
-                finetuning_backward_tokens=layer_tokens,
-            )
-        )
-        # An adapter's start and end are no part of what the model describes.
-        if plan is None or not (plan.start or plan.save or plan.end):
-            self._budget.observe(work, duration_ms)
-
-    def _count(
-        self, work: IterationWork, inference: IterationWork, duration_ms: float, predicted_ms: float
-    ) -> None:
-        """Counts an iteration for the metrics; ``inference`` is its part without finetuning."""
-        kind: Kind = "inference"
-        share = 0.0
-        if work.has_finetuning:
-            kind, share = "finetuning", 1.0
-            if work.has_inference:
-                kind = "mixed"
-                share = 1 - self._budget.model.predict_ms(inference) / max(predicted_ms, 1e-3)
-        self._stats.iteration(
-            kind,
-            duration_ms=duration_ms,
-            target_ms=self._target_ms,
-            predicted_ms=predicted_ms,
-            share=share,
-            forward_tokens=int(work.forward_tokens),
-            backward_tokens=work.backward_tokens,
-        )
-
 
 def _model_shape(vllm_config: Any) -> ModelShape:
     """Layers, and what the loss head costs beside one of them, from the model's configuration."""
@@ -346,3 +305,19 @@ def _model_shape(vllm_config: Any) -> ModelShape:
     attention = config.hidden_size * head_size * (2 * heads + 2 * kv_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     return ModelShape(config.num_hidden_layers, config.vocab_size * config.hidden_size / layer)
+
+
+class FinetuningScheduler(FinetuningMixin, Scheduler):
+    """An iteration is planned when the last has ended."""
+
+
+class AsyncFinetuningScheduler(FinetuningMixin, AsyncScheduler):
+    """An iteration is planned while the last one runs: vLLM's default on GPUs."""
+
+
+def finetuning_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> FinetuningMixin:
+    """What vLLM finds as its ``scheduler_cls``: whether it schedules asynchronously is settled only
+    when its configuration is complete."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    scheduler = AsyncFinetuningScheduler if is_async else FinetuningScheduler
+    return scheduler(*args, vllm_config=vllm_config, **kwargs)

@@ -1,6 +1,7 @@
 """The training loop of one job: which examples come next, when a step is due, when it is over."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -49,9 +50,22 @@ class Save:
         return str(self.path if self.is_final else checkpoints.unfinished(self.path))
 
 
+@dataclass(frozen=True)
+class _PlannedStep:
+    """An optimizer step whose result the worker has yet to report."""
+
+    step: int
+    batch: Batch
+    order: OptimizerStep
+
+
 @dataclass
 class TrainingLoop:
     """State machine of a running job; it knows nothing of vLLM.
+
+    What was planned may be reported after more was planned (vLLM's asynchronous scheduling): a new
+    step may be planned while another is not yet reported, except where weights are to be saved
+    between the two.
 
     Args:
         job: the claimed job.
@@ -90,7 +104,7 @@ class TrainingLoop:
     _evaluation: Evaluation | None = None
     _waiting: tuple[Examples, list[int], BatchKind] | None = None
     _batch_data: Examples | None = None
-    _pending: tuple[Batch, OptimizerStep] | None = None
+    _pending: deque[_PlannedStep] = field(default_factory=deque)
     _evaluated: dict[str, Any] | None = None
     _saved_step: int = 0
 
@@ -213,7 +227,9 @@ class TrainingLoop:
     def step_is_due(self) -> bool:
         """The optimizer step that follows the current batch can be planned."""
         batch = self.batch
-        return batch is not None and batch.kind.is_trained and batch.done and not self.must_save
+        if batch is None or not (batch.kind.is_trained and batch.done):
+            return False
+        return not (self.must_save or (self._pending and self._save_follows))
 
     def close_batch(self) -> OptimizerStep:
         """The batch's work is planned: the optimizer step that follows it."""
@@ -224,9 +240,9 @@ class TrainingLoop:
             t.lr_scheduler_type, t.learning_rate, self.step, self.total_steps, t.warmup_ratio
         )
         order = OptimizerStep(self.job.id, rate, t.max_grad_norm)
-        self._pending = (self.batch, order)
-        self.batch = None
         self.step += 1
+        self._pending.append(_PlannedStep(self.step, self.batch, order))
+        self.batch = None
         self._evaluate_if_due()
         return order
 
@@ -265,21 +281,21 @@ class TrainingLoop:
         Names are those of ``transformers.Trainer``'s log; ``tokens_per_second`` counts the tokens
         of the examples, wall-clock time since the step before.
         """
-        assert self._pending is not None
-        (batch, order), self._pending = self._pending, None
+        planned = self._pending.popleft()
+        batch = planned.batch
         now = time.monotonic()
         seconds, self._step_began = now - self._step_began, now
         progress = self.progress
-        progress.step = self.step
+        progress.step = planned.step
         progress.trained_tokens += batch.num_tokens
         more = self.objective.train_metrics(batch.packs, batch.num_loss_tokens)
-        progress.metrics = {"step": self.step, "train_loss": batch.loss, **more}
+        progress.metrics = {"step": planned.step, "train_loss": batch.loss, **more}
         return {
-            "step": self.step,
+            "step": planned.step,
             "total_steps": self.total_steps,
             "train_loss": batch.loss,
             **more,
-            "learning_rate": order.learning_rate,
+            "learning_rate": planned.order.learning_rate,
             "grad_norm": grad_norm,
             "tokens": batch.num_tokens,
             "tokens_per_second": batch.num_tokens / max(seconds, 1e-9),
@@ -301,21 +317,34 @@ class TrainingLoop:
     @property
     def _is_settled(self) -> bool:
         """All that was planned is done: the weights are those of ``progress.step``."""
-        return self._pending is None and self._evaluation is None
+        return not self._pending and self._evaluation is None
 
     @property
     def must_save(self) -> bool:
         """A checkpoint that is to be served must be written before the next step."""
-        progress, t = self.progress, self.job.training
+        progress = self.progress
         step = progress.step
         if not self._is_settled or not step or progress.served_step == step:
             return False
-        if t.load_best_model_at_end and progress.best_step == step:
-            return True
-        if t.save_steps is not None:
-            return step % t.save_steps == 0
+        is_best = self.job.training.load_best_model_at_end and progress.best_step == step
+        return is_best or self._is_served(step)
+
+    def _is_served(self, step: int) -> bool:
+        """A checkpoint of this step is served, whatever its loss."""
+        every = self.job.training.save_steps
+        if every is not None:
+            return step % every == 0
         remaining = -(-(self.total_steps - step) // self._steps_per_epoch)
         return self._ends_epoch(step) and remaining < EPOCHS_SAVED
+
+    @property
+    def _save_follows(self) -> bool:
+        """The weights of the last planned step are to be saved once it is reported."""
+        return self._is_served(self.step) or self._save_is_due
+
+    @property
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self._last_save >= self.checkpoint_interval_s
 
     @property
     def result_step(self) -> int | None:
@@ -351,13 +380,13 @@ class TrainingLoop:
             return self._order(
                 Save(self.job.adapter_path, self.progress.step, False, True, self.progress.metrics)
             )
-        if time.monotonic() - self._last_save >= self.checkpoint_interval_s and not self.is_saved:
+        if self._save_is_due and not self.is_saved:
             return self._save_checkpoint()
         return None
 
     def save_now(self) -> SaveAdapter | None:
         """A checkpoint of what is done, where there is none: the engine ends."""
-        if self.layout is None or self._pending is not None or self.is_saved or self.saving:
+        if self.layout is None or self._pending or self.is_saved or self.saving:
             return None
         return self._save_checkpoint()
 

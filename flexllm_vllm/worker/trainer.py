@@ -63,6 +63,8 @@ class Trainer:
         self.adapters: dict[str, TrainableAdapter] = {}
         self.packs: dict[int, PackState] = {}
         self._result = StepResult()
+        # What was planned of a job before its failure was known is still to come.
+        self._failed: set[str] = set()
         self._captures: list[_Capture] = []
         self._remove_hooks: Callable[[], None] | None = None
 
@@ -73,15 +75,15 @@ class Trainer:
                 self._result.saved.append(saved.order.path)
             else:
                 logger.error("cannot save %s", saved.order.path, exc_info=saved.error)
-                self._result.failures[saved.order.job_id] = JobFailure(
-                    "checkpoint_failed", f"its adapter cannot be saved: {saved.error}"
-                )
+                reason = f"its adapter cannot be saved: {saved.error}"
+                self._result.failures[saved.order.job_id] = JobFailure("checkpoint_failed", reason)
         result, self._result = self._result, StepResult()
         return result
 
     def run(self, plan: StepPlan) -> None:
         """Everything of the plan but its forward windows."""
         for job_id in plan.end:
+            self._failed.discard(job_id)
             self._guard(job_id, self._end, job_id)
         for pack_id in plan.drop:
             pack_state = self.packs.get(pack_id)
@@ -102,14 +104,18 @@ class Trainer:
             self._guard(step.job_id, self._optimize, step)
 
     def _guard(self, job_id: str, work: Callable[[Any], None], part: Any) -> None:
-        if job_id in self._result.failures:
+        if job_id in self._failed:
             return
         try:
             work(part)
         except Exception as error:
             self._raise_unless_shared(error)
             logger.exception("finetuning job %s failed", job_id)
-            self._result.failures[job_id] = failure_of(error)
+            self._fail(job_id, failure_of(error))
+
+    def _fail(self, job_id: str, failure: JobFailure) -> None:
+        self._result.failures[job_id] = failure
+        self._failed.add(job_id)
 
     def _raise_unless_shared(self, error: Exception) -> None:
         if self.model.parallel.size > 1 and not isinstance(error, (ArithmeticError, ValueError)):
@@ -308,7 +314,7 @@ class Trainer:
         key = (layer, name)
         for capture in list(self._captures):
             layout = capture.layout
-            if key not in layout.widths or capture.job_id in self._result.failures:
+            if key not in layout.widths or capture.job_id in self._failed:
                 continue
             try:
                 values = x[capture.rows]
@@ -322,7 +328,7 @@ class Trainer:
         """Fails a job that has windows in this forward; the other rows in it go on."""
         self._raise_unless_shared(error)
         logger.exception("capturing the activations of finetuning job %s failed", job_id)
-        self._result.failures[job_id] = failure_of(error)
+        self._fail(job_id, failure_of(error))
         self._captures = [c for c in self._captures if c.job_id != job_id]
 
 

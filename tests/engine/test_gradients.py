@@ -50,7 +50,7 @@ class Engine:
         self.folder = folder
         self.store = JobStore(folder / "store")
         flags = {
-            "scheduler_cls": "window_scheduler.WindowScheduler",
+            "scheduler_cls": options.pop("scheduler_cls", "window_scheduler.WindowScheduler"),
             "enforce_eager": not options.pop("compiled", False),
         }
         self.llm = LLM(

@@ -1,18 +1,16 @@
-"""vLLM's model runner V2, its default on GPUs, run here through Triton's interpreter."""
+"""vLLM's model runner V2 with asynchronous scheduling, its default on GPUs, run here through
+Triton's interpreter."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import harness
 import pytest
+from gpu_features import schedule_asynchronously, use_model_runner_v2
 from models import random_adapter, random_examples, random_model
 from test_gradients import MODELS, Engine, assert_equal, reference_gradients
 from vllm import SamplingParams
 
 from flexllm_vllm.jobs.types import LoraSpec
-
-INTERPRETER = Path(__file__).parent / "interpreter"
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +18,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("v2")
     model = random_model(folder / "model", **MODELS["qwen2-gqa-tied"])
     with pytest.MonkeyPatch.context() as patch:
-        # This process has loaded vLLM without Triton; the engine's own processes are started anew.
-        patch.setattr("vllm.config.vllm.HAS_TRITON", True)
-        patch.setenv("FLEXLLM_TEST_INTERPRETER", "1")
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        paths = [str(INTERPRETER), *filter(None, [os.environ.get("PYTHONPATH")])]
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        engine = Engine(model, folder)
+        use_model_runner_v2(patch)
+        engine = Engine(model, folder, scheduler_cls=schedule_asynchronously(patch))
     yield engine
     engine.close()
 

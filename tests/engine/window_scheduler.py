@@ -3,10 +3,10 @@
 import random
 from typing import Any
 
-from flexllm_vllm.scheduler import FinetuningScheduler
+from flexllm_vllm.scheduler import AsyncFinetuningScheduler, FinetuningScheduler
 
 
-class WindowScheduler(FinetuningScheduler):
+class _Windows:
     """``metadata={"window": "7"}`` cuts every forward and backward into windows of 7 tokens,
     ``{"window": "random"}`` into windows that change from iteration to iteration."""
 
@@ -21,3 +21,21 @@ class WindowScheduler(FinetuningScheduler):
         self._planner.min_window = 1
         self._planner.max_window = windows[0] if windows else None
         return super().schedule(*args, **kwargs)
+
+
+class WindowScheduler(_Windows, FinetuningScheduler):
+    pass
+
+
+class AsyncWindowScheduler(_Windows, AsyncFinetuningScheduler):
+    """Knows how many iterations were in flight at once (:meth:`finetuning_stats`)."""
+
+    _most_in_flight = 0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        self._most_in_flight = max(self._most_in_flight, self._recorder.num_in_flight)
+        return output
+
+    def finetuning_stats(self) -> dict[str, Any]:
+        return {**super().finetuning_stats(), "most_in_flight": self._most_in_flight}

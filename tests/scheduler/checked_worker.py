@@ -30,6 +30,7 @@ class CheckedWorker(FakeWorker):
     Attributes:
         examples: of each job, how often the gradient of each example (by its first target) was
             added.
+        checkpoints: of each job, the steps whose weights were saved.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class CheckedWorker(FakeWorker):
     ) -> None:
         super().__init__(num_layers, loss_head_layers, layout)
         self.examples: dict[str, Counter[int]] = {}
+        self.checkpoints: dict[str, list[int]] = {}
         self._block_size = block_size
         self._kv: list[list[Any]] = [[None] * block_size for _ in range(num_blocks)]
         self._activations: dict[tuple[int, int], Any] = {}
@@ -131,7 +133,14 @@ class CheckedWorker(FakeWorker):
             self._forwarded[pack.pack_id] = dict.fromkeys((s.row_id for s in pack.sequences), 0)
             self._at[pack.pack_id] = (self.num_layers, pack.num_rows)
         assert not opened & {window.pack_id for window in plan.backward}
-        return super()._run_plan(plan, contents)
+        result = super()._run_plan(plan, contents)
+        for save in plan.save:
+            # Written before this plan's optimizer steps.
+            steps = self.steps[save.job_id] - sum(x.job_id == save.job_id for x in plan.optimize)
+            if save.state is not None:
+                assert save.state["step"] == steps
+                self.checkpoints.setdefault(save.job_id, []).append(steps)
+        return result
 
     def _check_pages(self, plan: StepPlan) -> None:
         """No page had two owners. A pack given up while a plan was made may have left its pages to

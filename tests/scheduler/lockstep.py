@@ -1,6 +1,7 @@
 """Our scheduler and stock vLLM's, with the same requests and the same sampled tokens."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from checked_worker import CheckedWorker
 from random_cases import LAYERS, Case, SomeJob
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
@@ -16,31 +18,38 @@ from benchmarks.simulate.configuration import make_scheduler
 from benchmarks.simulate.engine import make_request
 from benchmarks.simulate.jobs import make_job
 from benchmarks.simulate.machine import Machine
-from benchmarks.simulate.scheduler import SimulatedScheduler
+from benchmarks.simulate.scheduler import AsyncSimulatedScheduler, SimulatedScheduler
 from flexllm_vllm.jobs.types import JobStatus
 from flexllm_vllm.plan import StepPlan
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.latency_model import IterationWork
+from flexllm_vllm.scheduler.training_loop import EPOCHS_SAVED
 
 
 @dataclass
 class Pair:
-    """Our scheduler and, without ``alone``, stock vLLM's in lock-step."""
+    """Our scheduler and, without ``alone``, stock vLLM's in lock-step.
+
+    ``ahead``: iterations that are scheduled, and run, before the results of one are taken in.
+    """
 
     case: Case
     alone: bool = False
+    ahead: int = 0
     now: float = 0.0
     iterations: int = 0
     stock: Scheduler | None = None
+    in_flight: deque[tuple[Any, Any, Any, Any]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         case = self.case
-        self.ours = make_scheduler(SimulatedScheduler, case.spec, clock=lambda: self.now)
+        ours = AsyncSimulatedScheduler if self.ahead else SimulatedScheduler
+        self.ours = make_scheduler(ours, case.spec, clock=lambda: self.now)
         self.ours._rows.max_rows = case.max_rows
         if case.budgets:
             self.ours._budget.budget = self._some_budget  # type: ignore[method-assign]
         if not self.alone:
-            self.stock = make_scheduler(Scheduler, case.spec)
+            self.stock = make_scheduler(AsyncScheduler if self.ahead else Scheduler, case.spec)
         shape = self.ours.planner.shape
         self.worker = CheckedWorker(
             LAYERS, shape.loss_head_layers, case.layout, case.blocks + 1, case.block_size
@@ -100,10 +109,19 @@ class Pair:
         self._check_budgets(output, plan, rows)
         answer, contents = self.worker.run(output)
         self.now += self.machine.seconds(contents, self.now)[0]
-        self.ours.update_from_output(output, answer)
+        expected = None
         if self.stock is not None:
             expected = self.stock.schedule()
             assert inference_part(output, rows) == inference_part(expected, set())
+        self.in_flight.append((output, answer, expected, rows))
+        if len(self.in_flight) > self.ahead:
+            self.update()
+
+    def update(self) -> None:
+        """Both take in the results of the oldest iteration."""
+        output, answer, expected, rows = self.in_flight.popleft()
+        self.ours.update_from_output(output, answer)
+        if self.stock is not None:
             self.stock.update_from_output(expected, without(answer, rows))
 
     def _check_budgets(self, output: Any, plan: StepPlan, rows: set[str]) -> None:
@@ -132,15 +150,22 @@ class Pair:
             + [x.cancel or 0 for x in self.case.jobs]
         )
         while self.iterations <= last or self.ours.has_unfinished_requests():
-            self.step()
+            self.step_or_update()
             assert self.iterations < 20_000, "stock vLLM's own deadlock"
         # 16 tokens an iteration at least, each of them in one layer.
         tokens = sum(job.n_epochs * sum(job.lengths) for job in self.case.jobs)
         sequences = sum(job.n_epochs * len(job.lengths) for job in self.case.jobs)
         limit = self.iterations + 50 + 8 * (LAYERS + 2) * (tokens // 16 + sequences)
-        while self.ours.has_requests():
-            self.step()
+        while self.ours.has_requests() or self.in_flight:
+            self.step_or_update()
             assert self.iterations < limit, "a job does not end"
+
+    def step_or_update(self) -> None:
+        """As vLLM's engine: it schedules where there is anything, and waits for results else."""
+        if self.in_flight and not self.ours.has_requests():
+            self.update()
+        else:
+            self.step()
 
     def _check_nothing_is_left(self) -> None:
         assert self.worker.is_empty
@@ -171,6 +196,10 @@ class Pair:
             # A nat for each token: of the mean over the batch, nothing is lost or counted twice.
             assert all(step["train_loss"] == pytest.approx(1.0) for step in steps)
             assert steps[-1]["step"] == len(steps)
+            # The last epochs are saved, each before the step that follows it.
+            each = len(steps) // job.n_epochs
+            epochs = range(max(1, job.n_epochs - EPOCHS_SAVED + 1), job.n_epochs + 1)
+            assert self.worker.checkpoints[name] == [each * epoch for epoch in epochs]
 
 
 def too_long(job: SomeJob, pair: Pair) -> bool:

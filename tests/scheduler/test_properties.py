@@ -25,6 +25,12 @@ def test_inference_equals_stock_and_every_job_ends_with_each_example_trained_onc
 
 
 @PROPERTY
+@given(cases())
+def test_the_same_where_iterations_are_scheduled_ahead_of_results(case: Case) -> None:
+    Pair(case, ahead=1).run()
+
+
+@PROPERTY
 @given(cases(prefix_caching=True))
 def test_no_row_reads_what_another_wrote_beside_the_prefix_cache(case: Case) -> None:
     Pair(case, alone=True).run()
