@@ -1,7 +1,7 @@
 # Each target works from a clean clone.
 PY := .venv/bin/python
 
-.PHONY: demo serve test lint bench-train bench-lora bench-coserve simulate model setup clean
+.PHONY: demo serve test test-gpu lint bench-train bench-lora bench-coserve bench-kernels simulate model setup clean
 
 DATA ?=
 
@@ -13,6 +13,9 @@ serve: model  ## the same server, kept running
 
 test: model .venv/openai-0.28  ## the whole suite: unit tests, then tests with the real engine
 	$(PY) -m pytest
+
+test-gpu:  ## on a machine with a GPU, in an environment with vLLM for it: make test-gpu PY=python
+	$(PY) -m pytest tests/triton/interpreted tests/engine/test_gradients.py
 
 lint: setup
 	.venv/bin/ruff format --check .
@@ -27,6 +30,9 @@ bench-lora: model  ## LoRA inference against stock vLLM
 
 bench-coserve: model  ## inference and finetuning at once, against the alternatives; DATA=chat.jsonl for real data
 	$(PY) -m benchmarks.coserve --model "$$($(PY) setup/demo_model.py)" $(if $(DATA),--data $(DATA))
+
+bench-kernels:  ## the backward's operations against torch's, on a GPU if there is one
+	$(PY) -m benchmarks.kernels
 
 simulate: setup  ## hours of traffic through the scheduler, without a model behind it
 	$(PY) -m benchmarks.simulate

@@ -1,6 +1,7 @@
 """The flags: declared in a group of their own, turned into vLLM's engine arguments."""
 
 import argparse
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from flexllm_vllm.release import check_vllm_release
 logger = get_logger(__name__)
 
 SCHEDULER = "flexllm_vllm.scheduler.finetuning_scheduler"
-WORKER = "flexllm_vllm.worker.FinetuningWorker"
+# By vLLM's platform.
+WORKERS = {
+    "cpu": "flexllm_vllm.worker.cpu.FinetuningCPUWorker",
+    "cuda": "flexllm_vllm.worker.gpu.FinetuningGPUWorker",
+}
+# Finetuning tokens an iteration may hold on a GPU, where a few hundred leave it idle.
+GPU_MAX_TOKENS = 1024
 
 # Adapters that can be served beside the base model when the user has not said --max-loras.
 SERVED_LORAS = 4
@@ -71,7 +78,7 @@ def add_flags(parser: Any) -> None:
         type=int,
         default=argparse.SUPPRESS,
         help="Finetuning tokens an iteration may hold; with inference in it, it holds fewer. "
-        f"(default: {defaults.max_tokens})",
+        f"(default: {defaults.max_tokens}, on a GPU {GPU_MAX_TOKENS})",
     )
     group.add_argument(
         "--finetuning-activation-cache-tokens",
@@ -264,7 +271,7 @@ def check_combination(
             "finetuning brings its own scheduler",
         ),
         "--worker-cls": (
-            engine_args.worker_cls not in ("auto", None, WORKER),
+            engine_args.worker_cls not in ("auto", None, *WORKERS.values()),
             "finetuning brings its own worker",
         ),
         "--headless": (getattr(args, "headless", False), "it has no API server"),
@@ -309,15 +316,20 @@ def check_combination(
     for flag, (given, reason) in conflicts.items():
         if given:
             raise ValueError(f"--enable-finetuning cannot be used with {flag}: {reason}")
-    if device != "cpu":
+    if device not in WORKERS:
         raise ValueError(
-            f"--enable-finetuning runs on CPU in this release, and vLLM's platform here is "
-            f"{device}; the GPU worker is not part of it yet"
+            f"--enable-finetuning runs on CPU and on CUDA, and vLLM's platform here is {device}"
         )
 
 
-def apply_to_engine_args(engine_args: Any, config: FinetuningConfig) -> None:
-    """Sets scheduler, worker and LoRA of vLLM's ``EngineArgs``, keeping what the user chose."""
+def apply_to_engine_args(engine_args: Any, config: FinetuningConfig, device: str = "cpu") -> None:
+    """Sets scheduler, worker and LoRA of vLLM's ``EngineArgs``, keeping what the user chose.
+
+    Args:
+        engine_args: of vLLM.
+        config: of finetuning.
+        device: vLLM's platform, one of :data:`WORKERS`.
+    """
     if not engine_args.enable_lora:
         engine_args.enable_lora = True
         engine_args.max_loras = max(engine_args.max_loras, SERVED_LORAS)
@@ -331,14 +343,20 @@ def apply_to_engine_args(engine_args: Any, config: FinetuningConfig) -> None:
         )
         engine_args.max_lora_rank = config.max_lora_rank
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.worker_cls = WORKER
+    engine_args.worker_cls = WORKERS[device]
     engine_args.shutdown_timeout = engine_args.shutdown_timeout or SHUTDOWN_TIMEOUT
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
         KEY: config.to_dict(),
     }
-    if engine_args.dtype == "auto" and (dtype := default_dtype()) is not None:
+    is_cpu = device == "cpu"
+    if is_cpu and engine_args.dtype == "auto" and (dtype := default_dtype()) is not None:
         engine_args.dtype = dtype
+    if not is_cpu:
+        logger.warning(
+            "finetuning on a GPU is experimental: this release was tested on CPUs alone, its "
+            "kernels in Triton's interpreter"
+        )
     logger.info("Finetuning is on; files, jobs and adapters are kept in %s", config.dir)
 
 
@@ -373,16 +391,19 @@ def install() -> None:
             from vllm.platforms import current_platform
 
             check_vllm_release(vllm.__version__)
-            check_combination(
-                engine_args, args, current_platform.device_type, envs.VLLM_USE_RUST_FRONTEND
-            )
+            device = current_platform.device_name
+            check_combination(engine_args, args, device, envs.VLLM_USE_RUST_FRONTEND)
+            if device != "cpu" and getattr(args, "finetuning_max_tokens", None) is None:
+                config = dataclasses.replace(config, max_tokens=GPU_MAX_TOKENS)
             before = dict(vars(engine_args))
-            apply_to_engine_args(engine_args, config)
+            apply_to_engine_args(engine_args, config, device)
             # With several API servers the flags are handed to processes that turn them into engine
             # arguments before any plugin is loaded: they must find our choices in the flags.
             for name, value in vars(engine_args).items():
                 if value is not before[name]:
                     setattr(args, name, value)
+            if device != "cpu":
+                return engine_args
             num_engines = engine_args.data_parallel_size_local or engine_args.data_parallel_size
             apply_cpu_defaults(num_engines * engine_args.tensor_parallel_size)
         return engine_args

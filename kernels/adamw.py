@@ -1,6 +1,9 @@
 """One AdamW step over the flat buffers of an adapter, with the clipping in it."""
 
+import math
+
 import torch
+from torch.optim.adamw import adamw as torch_adamw
 
 from flexllm_vllm.kernels.triton_support import use_triton
 
@@ -25,8 +28,8 @@ def adamw(
     learns of it.
 
     Args:
-        weights, gradients, exp_avg, exp_avg_sq: ``[num_parameters]`` float32; all but the gradients
-            are updated in place.
+        weights, exp_avg, exp_avg_sq: ``[num_parameters]`` float32, updated in place.
+        gradients: likewise; may be overwritten.
         norm: float32 scalar on the same device, the norm of ``gradients``.
         step: number of this step, from 1.
         learning_rate: of this step.
@@ -41,12 +44,13 @@ def adamw(
             weight_decay, max_grad_norm,
         )  # fmt: skip
         return
-    if not bool(torch.isfinite(norm)):
+    found = float(norm)
+    if not math.isfinite(found):
         return
-    clip = min(1.0, max_grad_norm / (float(norm) + 1e-6)) if max_grad_norm > 0 else 1.0
-    g = gradients * clip
-    exp_avg.lerp_(g, 1.0 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
-    weights.mul_(1.0 - learning_rate * weight_decay)
-    denominator = (exp_avg_sq.sqrt() / (1.0 - betas[1] ** step) ** 0.5).add_(eps)
-    weights.addcdiv_(exp_avg, denominator, value=-learning_rate / (1.0 - betas[0] ** step))
+    if 0 < max_grad_norm < found + 1e-6:
+        gradients.mul_(max_grad_norm / (found + 1e-6))
+    torch_adamw(
+        [weights], [gradients], [exp_avg], [exp_avg_sq], [], [torch.tensor(step - 1.0)],
+        fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
+        lr=learning_rate, weight_decay=weight_decay, eps=eps,
+    )  # fmt: skip

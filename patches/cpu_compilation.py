@@ -4,7 +4,7 @@ vLLM turns compilation off on CPU as soon as LoRA is enabled, so that a server t
 serve an adapter decodes the base model more slowly. Here the model is compiled as if it had no
 LoRA: the graph is the one of a server without it. A batch that holds an adapter's row, or whose
 activations are captured for finetuning, runs the model eagerly as it does in vLLM
-(``needs_eager`` tells, and sets vLLM's own ``ForwardContext.skip_compiled``).
+(``eager_batches.py``).
 Why a patch: the switch is hard-coded (``CpuPlatform.check_and_update_config``), and the wrapped
 layers have no way around their adapter.
 Fits vLLM 0.32. Needless once vLLM compiles LoRA on CPU and skips it where no row has an adapter;
@@ -74,25 +74,10 @@ def apply_to_layers() -> None:
     VocabParallelEmbeddingWithLoRA.forward = forward
 
 
-def choose_path(model: torch.nn.Module, needs_eager: Callable[[], bool]) -> None:
-    """Has each forward of a model that is compiled by now choose between graph and layers.
-
-    Args:
-        model: vLLM's model.
-        needs_eager: whether the batch that is about to run has adapter rows or is captured.
-    """
-    from vllm.forward_context import get_forward_context
-
-    def choose(*_: Any) -> None:
-        get_forward_context().skip_compiled = needs_eager()
-
-    model.register_forward_pre_hook(choose)
-    _use_fast_operations(model)
-
-
-def _use_fast_operations(model: torch.nn.Module) -> None:
-    """Under the compiler vLLM's operations are written in torch, to be fused; run eagerly they are
-    slower than its own C++ ones. The graph exists already and is not concerned."""
+def use_fast_operations(model: torch.nn.Module) -> None:
+    """For batches that run eagerly, of a model that is compiled by now: under the compiler vLLM's
+    operations are written in torch, to be fused; run eagerly they are slower than its own C++ ones.
+    The graph exists already and is not concerned."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.layernorm import RMSNorm

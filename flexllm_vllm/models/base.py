@@ -108,7 +108,8 @@ class ModelBackward(Protocol):
         num_layers: decoder layers.
         num_kv_heads, head_size: of the attention, for the KV-gradient accumulators.
         hidden_size: width of the residual stream.
-        dtype: of the weights and activations.
+        vocab_size: tokens of the loss head, over all ranks.
+        dtype, device: of the weights and activations.
         parallel: the tensor-parallel group; heads and widths above are those of this rank.
     """
 
@@ -116,7 +117,9 @@ class ModelBackward(Protocol):
     num_kv_heads: int
     head_size: int
     hidden_size: int
+    vocab_size: int
     dtype: torch.dtype
+    device: torch.device
     parallel: TensorParallel
 
     def linear_shapes(self) -> dict[str, LinearShape]:

@@ -55,6 +55,7 @@ class Decoder:
         norm_weight = self.layers[0].input_layernorm.weight
         self.hidden_size: int = norm_weight.shape[0]
         self.dtype: torch.dtype = norm_weight.dtype
+        self.device: torch.device = norm_weight.device
         self.intermediate_size: int = unwrapped(
             self.layers[0].mlp.down_proj
         ).input_size_per_partition

@@ -62,7 +62,9 @@ class LlamaBackward:
         self.num_kv_heads = decoder.num_kv_heads
         self.head_size = decoder.head_size
         self.hidden_size = decoder.hidden_size
+        self.vocab_size = decoder.vocab_size
         self.dtype = decoder.dtype
+        self.device = decoder.device
         self.parallel = decoder.parallel
         self.linear_shapes = decoder.linear_shapes
         self.module_path = decoder.module_path
@@ -276,10 +278,10 @@ class LlamaBackward:
         heads = (num_rows, decoder.num_heads, decoder.head_size)
         kv_heads = (num_rows, decoder.num_kv_heads, decoder.head_size)
         widths = (decoder.q_size, decoder.kv_size, decoder.kv_size)
-        d_qkv = torch.empty(num_rows, sum(widths), dtype=self.dtype)
+        d_qkv = torch.empty(num_rows, sum(widths), dtype=self.dtype, device=self.device)
         d_query, d_key, d_value = d_qkv.split(widths, dim=1)
         query, neox = chain.query.view(heads), decoder.rotary.is_neox_style
-        dq = torch.empty(heads)
+        dq = torch.empty(heads, device=self.device)
         for segment in segments:
             rows = segment.rows
             dq[rows] = attention_backward(

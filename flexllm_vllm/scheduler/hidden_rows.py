@@ -126,6 +126,8 @@ class HiddenRows:
         fresh = self._scheduler._get_new_block_ids_to_zero()
         if fresh:
             output.new_block_ids_to_zero = (output.new_block_ids_to_zero or []) + fresh
+        # Cascade attention would take a prefix that the requests share as one of our rows too.
+        output.num_common_prefix_blocks = [0] * len(output.num_common_prefix_blocks)
         values = {name: getattr(output, name) for name in _FIELDS}
         return FinetuningSchedulerOutput(**values, finetuning=plan)
 

@@ -31,8 +31,8 @@ T = TypeVar("T")
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
 MIN_WINDOW = 16
 
-# Rows of a pack of several sequences: GEMMs hardly gain beyond (on 2 cores 311, 341 and 342 GFLOP/s
-# with 256, 512 and 2048 rows), and a pack that must be given up has lost less.
+# Rows of a pack of several sequences, at least: on CPU GEMMs hardly gain beyond (on 2 cores 311,
+# 341 and 342 GFLOP/s with 256, 512 and 2048 rows), and a pack that must be given up has lost less.
 PACK_ROWS = 512
 
 
@@ -58,6 +58,7 @@ class Planner:
     Args:
         shape: of the model.
         rows: KV blocks and batch rows.
+        max_tokens: of an iteration; a pack of several sequences holds as many as two.
 
     Attributes:
         min_window: a smaller backward window is not cut, even where the budget ends before.
@@ -66,7 +67,8 @@ class Planner:
         failed: jobs whose planning raised, to be taken by :meth:`take_failed`.
     """
 
-    def __init__(self, shape: ModelShape, rows: HiddenRows) -> None:
+    def __init__(self, shape: ModelShape, rows: HiddenRows, max_tokens: int = 0) -> None:
+        self._pack_rows = max(PACK_ROWS, 2 * max_tokens)
         self.min_window = MIN_WINDOW
         self.max_window: int | None = None
         self.shape = shape
@@ -93,7 +95,7 @@ class Planner:
         packs = make_packs(
             loop.job.id,
             items,
-            max_rows=min(PACK_ROWS, self.packs.pages.num_pages // 2 * per_page),
+            max_rows=min(self._pack_rows, self.packs.pages.num_pages // 2 * per_page),
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )

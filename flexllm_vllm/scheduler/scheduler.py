@@ -68,7 +68,7 @@ class FinetuningMixin(_Base):
         if config is None:
             raise ValueError("FinetuningScheduler needs a finetuning configuration")
         self._rows = HiddenRows(self, config.max_rows)
-        self._planner = Planner(_model_shape(self.vllm_config), self._rows)
+        self._planner = Planner(_model_shape(self.vllm_config), self._rows, config.max_tokens)
         self._max_tokens = config.max_tokens
         self._budget = LatencyBudget(
             config.max_tokens,

@@ -1,8 +1,5 @@
 """The worker process: vLLM's worker with training inside its iterations.
 
-vLLM finds the class by its name, ``flexllm_vllm.worker.FinetuningWorker``.
+vLLM finds its classes by their names: ``flexllm_vllm.worker.cpu.FinetuningCPUWorker`` and
+``flexllm_vllm.worker.gpu.FinetuningGPUWorker``.
 """
-
-from flexllm_vllm.worker.worker import FinetuningWorker
-
-__all__ = ["FinetuningWorker"]

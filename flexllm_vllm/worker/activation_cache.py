@@ -1,11 +1,12 @@
 """Activations kept from a finetuning token's forward until its backward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from flexllm_vllm.worker.activation_codec import ActivationCodec
+from flexllm_vllm.worker.transfer import to_device
 
 # Tokens in a page for an adapter on all linear layers; of one that keeps less, more fit into it.
 PAGE_TOKENS = 32
@@ -36,19 +37,44 @@ class TokenLayout:
         return -(-num_tokens // self.tokens_per_page)
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """Where the rows of a pack lie in the cache.
+
+    Attributes:
+        layout: of the pack's adapter.
+        pages: of the pack.
+        index: on a device, of each row the page and the place in it, ``[num_rows]`` int64 each.
+    """
+
+    layout: TokenLayout
+    pages: tuple[int, ...]
+    index: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class ActivationCache:
     """A pool of equal pages, allocated once. Which pack holds which page the scheduler decides.
+
+    On the host rows are copied a run of pages at a time, which is as fast as memory; on a device
+    by one indexed copy, whatever the number of pages.
 
     Args:
         num_pages: pages of the pool.
         page_bytes: size of a page.
         codec: how values are stored.
         device: where.
+        is_indexed: whether rows are copied by an index; by default on a device.
     """
 
     def __init__(
-        self, num_pages: int, page_bytes: int, codec: ActivationCodec, device: torch.device
+        self,
+        num_pages: int,
+        page_bytes: int,
+        codec: ActivationCodec,
+        device: torch.device,
+        is_indexed: bool | None = None,
     ) -> None:
+        self._is_indexed = device.type != "cpu" if is_indexed is None else is_indexed
         self.num_pages = num_pages
         self.page_bytes = page_bytes
         self.codec = codec
@@ -74,36 +100,62 @@ class ActivationCache:
             raise ValueError(f"a token keeps {token_bytes} bytes, a page has {self.page_bytes}")
         return TokenLayout(dict(widths), offsets, token_bytes, tokens_per_page)
 
-    def write(
-        self, layout: TokenLayout, pages: list[int], key: Key, start: int, x: torch.Tensor
-    ) -> None:
+    def rows(self, layout: TokenLayout, pages: Sequence[int]) -> KeptRows:
+        """Where the rows of a pack with these pages lie."""
+        index = None
+        if self._is_indexed:
+            per_page = layout.tokens_per_page
+            page = torch.tensor(pages, dtype=torch.int64).repeat_interleave(per_page)
+            place = torch.arange(per_page).repeat(len(pages))
+            index = (to_device(page, self._pool.device), to_device(place, self._pool.device))
+        return KeptRows(layout, tuple(pages), index)
+
+    def write(self, kept: KeptRows, key: Key, start: int, x: torch.Tensor) -> None:
         """Stores rows ``[start, start + n)`` of a pack.
 
         Args:
-            layout: of the pack's adapter.
-            pages: of the pack.
+            kept: the pack's rows.
             key: (layer, name); ``(num_layers, "hidden")`` is the input of the final norm.
             start: first row.
             x: ``[n, width]``.
         """
-        encoded = self.codec.encode(x)
-        for chunk, rows in self._chunks(layout, pages, key, start, start + x.shape[0]):
+        encoded, end = self.codec.encode(x), start + x.shape[0]
+        if kept.index is not None:
+            page, place = (i[start:end] for i in kept.index)
+            table = self._table(kept.layout, key)
+            table.index_put_((page, place), encoded.view(table.dtype))
+            return
+        for chunk, rows in self._chunks(kept, key, start, end):
             chunk.copy_(encoded[rows].view(chunk.shape))
 
-    def read(
-        self, layout: TokenLayout, pages: list[int], key: Key, start: int, end: int
-    ) -> torch.Tensor:
+    def read(self, kept: KeptRows, key: Key, start: int, end: int) -> torch.Tensor:
         """Rows ``[start, end)`` of a pack, ``[end - start, width]``."""
-        width = layout.widths[key]
+        width = kept.layout.widths[key]
+        if kept.index is not None:
+            page, place = (i[start:end] for i in kept.index)
+            found = self._table(kept.layout, key)[page, place]
+            return self.codec.decode(found.view(torch.uint8), width)
         encoded = self._pool.new_empty(end - start, self.codec.row_bytes(width))
-        for chunk, rows in self._chunks(layout, pages, key, start, end):
+        for chunk, rows in self._chunks(kept, key, start, end):
             encoded[rows].view(chunk.shape).copy_(chunk)
         return self.codec.decode(encoded, width)
 
+    def _table(self, layout: TokenLayout, key: Key) -> torch.Tensor:
+        """The pool as ``[num_pages, tokens_per_page, row]``, the values of this key alone; of words
+        of four bytes where all sizes allow it."""
+        row, base = self.codec.row_bytes(layout.widths[key]), layout.offsets[key]
+        base *= layout.tokens_per_page
+        word = 1 if any(size % 4 for size in (row, base, self.page_bytes)) else 4
+        pool = self._pool if word == 1 else self._pool.view(torch.int32)
+        shape = (self.num_pages, layout.tokens_per_page, row // word)
+        strides = (self.page_bytes // word, row // word, 1)
+        return pool.as_strided(shape, strides, base // word)
+
     def _chunks(
-        self, layout: TokenLayout, pages: list[int], key: Key, start: int, end: int
+        self, kept: KeptRows, key: Key, start: int, end: int
     ) -> Iterator[tuple[torch.Tensor, slice]]:
         """Pieces of the pool that hold the rows, as large as possible, and which rows they are."""
+        layout, pages = kept.layout, kept.pages
         per_page, row_bytes = layout.tokens_per_page, self.codec.row_bytes(layout.widths[key])
         base = per_page * layout.offsets[key]
         row = start

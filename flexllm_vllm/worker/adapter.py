@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexllm_vllm.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
+from flexllm_vllm.kernels.adamw import adamw
 from flexllm_vllm.kernels.lora import LoraGroup
 from flexllm_vllm.models.base import ModelBackward, TrainedLinears
 from flexllm_vllm.plan import TrainAdapter
@@ -55,17 +56,10 @@ class TrainableAdapter:
         # Plain tensors: vLLM runs the worker in inference mode, whose tensors cannot be updated
         # outside of it.
         with torch.inference_mode(False):
-            self._weights = torch.nn.Parameter(torch.zeros(layout.size), requires_grad=True)
-            self._grads = torch.zeros(layout.size)
-            self._pack_grads = torch.zeros(layout.size)
-            self._optimizer = torch.optim.AdamW(
-                [self._weights],
-                betas=spec.betas,
-                eps=spec.eps,
-                weight_decay=spec.weight_decay,
-                fused=True,
-            )
-        self._groups = layout.groups(self._weights.detach())
+            zeros = [torch.zeros(layout.size, device=model.device) for _ in range(5)]
+        self._weights, self._grads, self._pack_grads, self._exp_avg, self._exp_avg_sq = zeros
+        self._num_steps = 0
+        self._groups = layout.groups(self._weights)
         self._pack_groups = layout.groups(self._pack_grads)
         if spec.resume_path is not None:
             self.load(Path(spec.resume_path))
@@ -81,7 +75,7 @@ class TrainableAdapter:
         whole = torch.zeros(self._layout.whole_size)
         for a, _ in self._layout.matrices(whole).values():
             torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self._weights.detach().copy_(self._layout.shard(whole))
+        self._weights.copy_(self._layout.shard(whole))
 
     # -- the backward's view: LoraMatrices ---------------------------------------------------
 
@@ -119,31 +113,26 @@ class TrainableAdapter:
         self._grads.add_(self._pack_grads)
         self._pack_grads.zero_()
 
-    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+    def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """Clips (as ``torch.nn.utils.clip_grad_norm_``), steps AdamW, clears the gradients.
 
-        Collective.
+        Collective. Where the gradients are not finite the weights stay as they are.
 
         Args:
             learning_rate: of this step.
             max_grad_norm: 0 turns clipping off.
 
         Returns:
-            The norm before clipping.
-
-        Raises:
-            FloatingPointError: the gradients are not finite; the weights are unchanged.
+            The norm before clipping, a scalar on the device.
         """
         self._sum_replicated(self._grads)
         norm = self._norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; the weights were not changed")
-        if max_grad_norm > 0:
-            self._grads.mul_(min(1.0, max_grad_norm / (norm + 1e-6)))
-        with torch.inference_mode(False):
-            self._weights.grad = self._grads
-            self._optimizer.param_groups[0]["lr"] = learning_rate
-            self._optimizer.step()
+        spec = self.spec
+        self._num_steps += 1
+        adamw(
+            self._weights, self._grads, self._exp_avg, self._exp_avg_sq, norm, self._num_steps,
+            learning_rate, spec.betas, spec.eps, spec.weight_decay, max_grad_norm,
+        )  # fmt: skip
         self._grads.zero_()
         return norm
 
@@ -153,14 +142,14 @@ class TrainableAdapter:
         if count:
             grads[:count] = self._parallel.all_reduce(grads[:count].clone())
 
-    def _norm(self) -> float:
+    def _norm(self) -> torch.Tensor:
         """Of the whole adapter's gradients."""
         count = self._layout.num_replicated
         own = torch.linalg.vector_norm(self._grads[count:])
         if not count:
-            return float(own)
+            return own
         squared = self._parallel.all_reduce_small(own.square(), torch.distributed.ReduceOp.SUM)
-        return float((squared + torch.linalg.vector_norm(self._grads[:count]).square()).sqrt())
+        return (squared + torch.linalg.vector_norm(self._grads[:count]).square()).sqrt()
 
     # -- PEFT names --------------------------------------------------------------------------
 
@@ -169,7 +158,7 @@ class TrainableAdapter:
 
         Collective. With one rank they are views; so it is below.
         """
-        return self._layout.matrices(self._layout.gather(self._weights.detach()))
+        return self._layout.matrices(self._layout.gather(self._weights))
 
     def pack_gradients(self) -> Matrices:
         """Like :meth:`matrices`, the gradients accumulated by the current pack."""
@@ -188,13 +177,18 @@ class TrainableAdapter:
     def snapshot(self) -> "AdapterSnapshot":
         """A copy of weights and moments. Collective; with one rank any thread may take it, between
         two steps."""
-        gather = self._layout.gather
-        state = self._optimizer.state.get(self._weights, {})
-        optimizer = {
-            name: _copy(gather(value) if value.numel() == self._layout.size else value)
-            for name, value in state.items()
-        }
-        whole = _copy(gather(self._weights.detach()))
+        gather, copy = self._layout.gather, _copy
+        if self._parallel.size > 1:
+            copy = torch.Tensor.cpu  # a whole adapter a rank is too much for a device to keep
+        optimizer = {}
+        if self._num_steps:
+            # The form of ``torch.optim.AdamW``'s state.
+            optimizer = {
+                "exp_avg": copy(gather(self._exp_avg)),
+                "exp_avg_sq": copy(gather(self._exp_avg_sq)),
+                "step": torch.tensor(float(self._num_steps)),
+            }
+        whole = copy(gather(self._weights))
         return AdapterSnapshot(self.spec, self._layout.matrices(whole), optimizer)
 
     def _load_optimizer(self, folder: Path) -> None:
@@ -212,11 +206,9 @@ class TrainableAdapter:
                 f"the checkpoint {folder.name} holds {state['exp_avg'].numel()} parameters, the "
                 f"adapter has {size}"
             )
-        with torch.inference_mode(False):
-            self._optimizer.state[self._weights] = {
-                name: (self._layout.shard(value) if value.numel() == size else value).clone()
-                for name, value in state.items()
-            }
+        self._exp_avg.copy_(self._layout.shard(state["exp_avg"]))
+        self._exp_avg_sq.copy_(self._layout.shard(state["exp_avg_sq"]))
+        self._num_steps = int(state["step"])
 
     def load(self, folder: Path) -> None:
         """Takes the matrices of a PEFT folder.
@@ -243,9 +235,11 @@ class TrainableAdapter:
                 f"the adapter to continue from also trains {next(iter(tensors))}, which this job "
                 "does not target"
             )
-        self._weights.detach().copy_(self._layout.shard(whole))
+        self._weights.copy_(self._layout.shard(whole))
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    """By numpy, without torch's threads, which belong to the forward."""
-    return torch.from_numpy(x.detach().numpy().copy())
+    """On the host by numpy, without torch's threads, which belong to the forward."""
+    if x.device.type != "cpu":
+        return x.clone()
+    return torch.from_numpy(x.numpy().copy())

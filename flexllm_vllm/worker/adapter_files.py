@@ -47,13 +47,14 @@ def save_adapter(
             inference_mode=True,
         ).save_pretrained(str(temporary))
         tensors = {
-            f"{PEFT_PREFIX}{path}.lora_{letter}.weight": matrix.contiguous().clone()
+            f"{PEFT_PREFIX}{path}.lora_{letter}.weight": matrix.cpu().contiguous().clone()
             for path, pair in snapshot.matrices.items()
             for letter, matrix in zip("AB", pair, strict=True)
         }
         save_file(tensors, temporary / ADAPTER_FILES[1], metadata={"format": "pt"})
         if state is not None:
-            save_file(snapshot.optimizer, temporary / OPTIMIZER_FILE)
+            optimizer = {name: value.cpu() for name, value in snapshot.optimizer.items()}
+            save_file(optimizer, temporary / OPTIMIZER_FILE)
             write_state(temporary, state)
         for path in (*temporary.iterdir(), temporary):
             sync(path)

@@ -24,12 +24,12 @@ class TrainingSlots:
 
     Args:
         manager: ``vllm.lora.model_manager.LRUCacheLoRAModelManager``.
-        dtype: of the slots.
+        dtype, device: of the slots.
     """
 
-    def __init__(self, manager: Any, dtype: torch.dtype) -> None:
+    def __init__(self, manager: Any, dtype: torch.dtype, device: torch.device) -> None:
         self._manager = manager
-        self._uses_masters = dtype == torch.float32
+        self._uses_masters = dtype == torch.float32 and device.type == "cpu"
 
     def add(self, adapter: TrainableAdapter) -> None:
         """Registers the adapter, pins it, and writes its slot."""
@@ -59,12 +59,17 @@ class TrainingSlots:
     def _write(self, adapter: TrainableAdapter) -> None:
         """This rank's part, as ``vllm/lora/layers/base_linear.py`` (``set_lora``) lays it out."""
         slot = self._slot(adapter.spec.lora_int_id)
-        for path, module in self._manager.modules.items():
-            for index, a, b in adapter.slices_at(path):
-                module.lora_a_stacked[index][slot, 0, : a.shape[0], : a.shape[1]] = a
-                # vLLM's kernels know no scaling: it is merged into B.
-                scaled = b * adapter.spec.scaling
-                module.lora_b_stacked[index][slot, 0, : b.shape[0], : b.shape[1]] = scaled
+        targets: list[torch.Tensor] = []
+        matrices: list[torch.Tensor] = []
+        # vLLM's kernels know no scaling: it is merged into B.
+        places = self._manager.modules.items()
+        slices = [(module, *s) for path, module in places for s in adapter.slices_at(path)]
+        scaled = torch._foreach_mul([b for *_, b in slices], adapter.spec.scaling)
+        for (module, index, a, b), b_scaled in zip(slices, scaled, strict=True):
+            targets.append(module.lora_a_stacked[index][slot, 0, : a.shape[0], : a.shape[1]])
+            targets.append(module.lora_b_stacked[index][slot, 0, : b.shape[0], : b.shape[1]])
+            matrices += [a, b_scaled]
+        torch._foreach_copy_(targets, matrices)
 
     def remove(self, int_id: int) -> None:
         """Frees the slot."""

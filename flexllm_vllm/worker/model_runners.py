@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from flexllm_vllm.plan import StepResult
+from flexllm_vllm.worker.readings import PendingResult
 
 
 def follow_batch_order(runner: Any) -> Callable[[], list[str]]:
@@ -29,20 +29,23 @@ def follow_batch_order(runner: Any) -> Callable[[], list[str]]:
     return lambda: order
 
 
-def with_result(output: Any, result: StepResult) -> Any:
-    """An output of a model runner with the result of its iteration's finetuning work."""
+def with_result(output: Any, result: PendingResult) -> Any:
+    """An output of a model runner with the result of its iteration's finetuning work.
+
+    Where its tokens are still on their way from the device, so may be what is in the result.
+    """
     if isinstance(output, AsyncModelRunnerOutput):
         return _AsyncOutputWithResult(output, result)
     # vLLM's empty output is one shared object.
     output = copy.copy(output)
-    output.finetuning = result
+    output.finetuning = result.get()
     return output
 
 
 class _AsyncOutputWithResult(AsyncModelRunnerOutput):
     """An output whose tokens are still on their way from the device."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, result: StepResult) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, result: PendingResult) -> None:
         self._output, self._result = output, result
 
     def get_output(self) -> ModelRunnerOutput:

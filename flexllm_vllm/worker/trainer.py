@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from flexllm_vllm.plan import (
     StepPlan,
     StepResult,
 )
-from flexllm_vllm.worker.activation_cache import ActivationCache, TokenLayout
+from flexllm_vllm.worker.activation_cache import ActivationCache, KeptRows, TokenLayout
 from flexllm_vllm.worker.adapter import TrainableAdapter
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.packs import PackState
 from flexllm_vllm.worker.preference import preference_loss
+from flexllm_vllm.worker.readings import PendingResult, Readings, failure_of
 from flexllm_vllm.worker.saver import AdapterSaver
+from flexllm_vllm.worker.transfer import to_device
 
 logger = get_logger(__name__)
 
@@ -37,7 +40,8 @@ class Trainer:
     :class:`StepResult`, and the rest of the job's work in this plan is skipped. With tensor
     parallelism that holds for what every rank finds alike (numbers, a job's files); what may have
     happened to one rank alone (memory) ends the worker, as it does in inference: the ranks would
-    wait for each other's collectives for ever.
+    wait for each other's collectives for ever. Numbers that are found not to be finite when they
+    are read fail the job as well; what the plans in flight still hold of it changes no weights.
 
     Args:
         model: the backward of the loaded model.
@@ -63,13 +67,14 @@ class Trainer:
         self.adapters: dict[str, TrainableAdapter] = {}
         self.packs: dict[int, PackState] = {}
         self._result = StepResult()
+        self._readings = Readings()
         # What was planned of a job before its failure was known is still to come.
         self._failed: set[str] = set()
         self._captures: list[_Capture] = []
         self._remove_hooks: Callable[[], None] | None = None
 
-    def take_result(self) -> StepResult:
-        """What came of the plans since the last call."""
+    def take_result(self) -> PendingResult:
+        """What came of the plans since the last call, or will when the device is through."""
         for saved in self.saver.take_results():
             if saved.error is None:
                 self._result.saved.append(saved.order.path)
@@ -78,7 +83,7 @@ class Trainer:
                 reason = f"its adapter cannot be saved: {saved.error}"
                 self._result.failures[saved.order.job_id] = JobFailure("checkpoint_failed", reason)
         result, self._result = self._result, StepResult()
-        return result
+        return self._readings.collect(result)
 
     def run(self, plan: StepPlan) -> None:
         """Everything of the plan but its forward windows."""
@@ -153,7 +158,8 @@ class Trainer:
 
     def _open(self, spec: OpenPack) -> None:
         layout = self._score_layout if spec.score_only else self._layouts[spec.job_id]
-        self.packs[spec.pack_id] = PackState.open(spec, self.model, layout)
+        kept = self._cache.rows(layout, spec.pages)
+        self.packs[spec.pack_id] = PackState.open(spec, self.model, kept)
 
     def _drop(self, pack_id: int) -> None:
         pack = self.packs.pop(pack_id)
@@ -165,14 +171,23 @@ class Trainer:
         self.saver.wait_until_copied(adapter)
         norm = adapter.step(step.learning_rate, step.max_grad_norm)
         self._lora_slots.write(adapter)
-        self._result.grad_norms[step.job_id] = norm
+
+        def take(result: StepResult, numbers: list[float]) -> None:
+            (found,) = numbers
+            if not math.isfinite(found):
+                raise FloatingPointError(
+                    f"the gradient norm is {found}; the weights were not changed"
+                )
+            result.grad_norms[step.job_id] = found
+
+        self._readings.add(step.job_id, norm.double().view(1), take)
 
     def _save(self, save: SaveAdapter) -> None:
         adapter, parallel = self.adapters[save.job_id], self.model.parallel
-        if parallel.size == 1:
+        if parallel.size == 1 and self.model.device.type == "cpu":
             self.saver.save(save, adapter)
             return
-        # Its parts are gathered by the ranks' own threads, in the order of their collectives.
+        # By this thread, in the order of the ranks' collectives and of what the device does.
         snapshot = adapter.snapshot()
         if parallel.rank == 0:
             self.saver.save(save, adapter, snapshot)
@@ -194,13 +209,12 @@ class Trainer:
                 self._report(pack, window)
             return
         assert pack.d_hidden is not None
-        layout = pack.layout
         adapter = self.adapters[pack.spec.job_id]
         if window.end == pack.spec.num_rows:
             pack.begin_layer()
         saved = {
-            name: self._cache.read(layout, pack.pages, (layer, name), window.start, window.end)
-            for layer, name in layout.widths
+            name: self._cache.read(pack.kept, (layer, name), window.start, window.end)
+            for layer, name in pack.kept.layout.widths
             if layer == window.layer
         }
         d_input = self.model.layer_backward(
@@ -219,12 +233,11 @@ class Trainer:
 
     def _bearing(self, pack: PackState, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the window's rows those that carry loss, and the input of the final norm there."""
-        bearing = (pack.targets[rows] >= 0).nonzero().squeeze(1)
+        bearing = pack.bearing_in(rows)
         if bearing.numel() == 0:
-            return bearing, torch.empty(0)
+            return bearing, bearing
         key = (self.model.num_layers, "hidden")
-        hidden = self._cache.read(pack.layout, pack.pages, key, rows.start, rows.stop)
-        return bearing, hidden[bearing]
+        return bearing, self._cache.read(pack.kept, key, rows.start, rows.stop)[bearing]
 
     def _score(self, pack: PackState, rows: slice) -> None:
         """Log-probabilities of the targets, without a gradient."""
@@ -233,7 +246,7 @@ class Trainer:
             return
         found, _ = self.model.loss_head(hidden, pack.targets[rows][bearing], 0.0)
         pack.logps.index_add_(0, pack.sequence_of[rows][bearing], -found.losses)
-        pack.num_correct += int(found.correct.sum())
+        pack.num_correct += found.correct.sum()
 
     def _loss_head(self, pack: PackState, rows: slice) -> None:
         if pack.d_hidden is None:
@@ -247,11 +260,12 @@ class Trainer:
         found, d_hidden = self.model.loss_head(hidden, pack.targets[rows][bearing], scale)
         assert d_hidden is not None
         if preference:
-            _, factors = preference_loss(pack.logps, preference)
+            assert pack.reference is not None
+            _, factors = preference_loss(pack.logps, pack.reference, preference)
             d_hidden *= factors[pack.sequence_of[rows][bearing], None].to(d_hidden.dtype)
         else:
-            pack.loss += _finite(float(found.losses.sum()))
-            pack.num_correct += int(found.correct.sum())
+            pack.loss += found.losses.sum()
+            pack.num_correct += found.correct.sum()
         pack.d_hidden[rows].index_copy_(0, bearing, d_hidden)
 
     def _report(self, pack: PackState, window: BackwardWindow) -> None:
@@ -261,18 +275,16 @@ class Trainer:
         if scored and not spec.score_only:
             return
         if spec.score_only:
-            loss = -_finite(float(pack.logps.sum()))
-            result = PackResult(loss, pack.num_correct, tuple(pack.logps.tolist()))
             del self.packs[spec.pack_id]
+            values = torch.cat([pack.num_correct, pack.logps])
         elif spec.preference:
-            losses, _ = preference_loss(pack.logps, spec.preference)
-            rewards = spec.preference.beta * (
-                pack.logps - pack.logps.new_tensor(spec.preference.reference)
-            )
-            result = PackResult(_finite(float(losses.sum())), rewards=tuple(rewards.tolist()))
+            assert pack.reference is not None
+            losses, _ = preference_loss(pack.logps, pack.reference, spec.preference)
+            rewards = spec.preference.beta * (pack.logps - pack.reference)
+            values = torch.cat([losses.sum().view(1), rewards])
         else:
-            result = PackResult(pack.loss, pack.num_correct)
-        self._result.packs[spec.pack_id] = result
+            values = torch.cat([pack.loss, pack.num_correct])
+        self._readings.add(spec.job_id, values, partial(_take_pack, spec))
 
     # -- capture, within the fused forward ---------------------------------------------------
 
@@ -292,14 +304,14 @@ class Trainer:
             if pack is None:
                 continue
             try:
-                pack.block_ids[window.row_id] = torch.tensor(window.block_ids, dtype=torch.int64)
+                block_ids = torch.tensor(window.block_ids, dtype=torch.int64)
+                pack.block_ids[window.row_id] = to_device(block_ids, self.model.device)
                 first = batch_offsets[window.row_id]
                 self._captures.append(
                     _Capture(
                         job_id=pack.spec.job_id,
-                        layout=pack.layout,
+                        kept=pack.kept,
                         rows=slice(first, first + window.end - window.start),
-                        pages=pack.pages,
                         start=pack.offset(window.row_id) + window.start,
                     )
                 )
@@ -313,14 +325,13 @@ class Trainer:
     def _capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
         key = (layer, name)
         for capture in list(self._captures):
-            layout = capture.layout
-            if key not in layout.widths or capture.job_id in self._failed:
+            if key not in capture.kept.layout.widths or capture.job_id in self._failed:
                 continue
             try:
                 values = x[capture.rows]
                 if addend is not None:
                     values = values + addend[capture.rows]
-                self._cache.write(layout, capture.pages, key, capture.start, values)
+                self._cache.write(capture.kept, key, capture.start, values)
             except Exception as error:
                 self._fail_capture(capture.job_id, error)
 
@@ -337,23 +348,27 @@ class _Capture:
     """A forward window whose activations are kept: rows of the batch, and where they go."""
 
     job_id: str
-    layout: TokenLayout
+    kept: KeptRows
     rows: slice
-    pages: list[int]
     start: int
 
 
-def failure_of(error: Exception) -> JobFailure:
-    """What a user is told of an exception in a job's work."""
-    if isinstance(error, FloatingPointError):
-        return JobFailure("non_finite_loss", str(error))
-    return JobFailure("training_error", f"{type(error).__name__}: {error}")
+def _take_pack(spec: OpenPack, result: StepResult, numbers: list[float]) -> None:
+    """Puts what came of a pack into the iteration's result.
 
-
-def _finite(loss: float) -> float:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}")
-    return loss
+    Raises:
+        FloatingPointError: its loss is not finite.
+    """
+    first, *rest = numbers
+    if spec.score_only:
+        found = PackResult(-sum(rest), int(first), tuple(rest))
+    elif spec.preference:
+        found = PackResult(first, rewards=tuple(rest))
+    else:
+        found = PackResult(first, int(rest[0]))
+    if not math.isfinite(found.loss):
+        raise FloatingPointError(f"the loss is {found.loss}")
+    result.packs[spec.pack_id] = found
 
 
 def kept_per_token(

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexllm_vllm.scheduler import FinetuningScheduler
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
-from flexllm_vllm.worker import FinetuningWorker
+from flexllm_vllm.worker.cpu import FinetuningCPUWorker
 
 STREAMS = 15
 MESSAGE = "injected"
@@ -75,7 +75,7 @@ class FaultScheduler(FinetuningScheduler):
         return add_broken
 
 
-class FaultWorker(FinetuningWorker):
+class FaultWorker(FinetuningCPUWorker):
     """:meth:`break_job` breaks that part of a job in the worker's process."""
 
     PLACES = ("backward", "capture", "optimizer", "checkpoint")
@@ -104,8 +104,8 @@ class FaultWorker(FinetuningWorker):
             cache = trainer._cache
             cache.write = raising(
                 cache.write,
-                lambda _, pages, key, *__: key[0] == 1 and strikes() and job_id == next(
-                    c.job_id for c in trainer._captures if c.pages is pages
+                lambda kept, key, *_: key[0] == 1 and strikes() and job_id == next(
+                    c.job_id for c in trainer._captures if c.kept is kept
                 ),
             )  # fmt: skip
         else:

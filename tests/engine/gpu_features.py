@@ -32,6 +32,12 @@ def schedule_asynchronously(patch: pytest.MonkeyPatch) -> str:
     return "window_scheduler.AsyncWindowScheduler"
 
 
+def train_by_triton(patch: pytest.MonkeyPatch) -> str:
+    """In Triton's interpreter. Returns the worker to be used."""
+    _prepare(patch, "FLEXLLM_TEST_KERNELS")
+    return "triton_worker.TritonWorker"
+
+
 def use_model_runner_v2(patch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter."""
     # This process has loaded vLLM without Triton.

@@ -26,11 +26,13 @@ from flexllm_vllm.jobs.types import (
 def engine_options(folder: Path, **flags: Any) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` that ``--enable-finetuning`` amounts to."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
     from flexllm_vllm.cli import apply_to_engine_args
 
     args = EngineArgs(model="unused")
-    apply_to_engine_args(args, FinetuningConfig(dir=folder, **flags))
+    config = FinetuningConfig(dir=folder, **flags)
+    apply_to_engine_args(args, config, current_platform.device_name)
     names = ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "scheduler_cls",
              "worker_cls", "async_scheduling", "additional_config")  # fmt: skip
     return {name: getattr(args, name) for name in names}

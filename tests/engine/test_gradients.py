@@ -52,6 +52,7 @@ class Engine:
         flags = {
             "scheduler_cls": options.pop("scheduler_cls", "window_scheduler.WindowScheduler"),
             "enforce_eager": not options.pop("compiled", False),
+            **({"worker_cls": options.pop("worker_cls")} if "worker_cls" in options else {}),
         }
         self.llm = LLM(
             str(model),
@@ -59,7 +60,7 @@ class Engine:
             max_model_len=512,
             max_num_seqs=4,
             served_model_name="base",
-            kv_cache_memory_bytes=1 << 28,
+            kv_cache_memory_bytes=options.pop("kv_cache_memory_bytes", 1 << 28),
             seed=0,
             tensor_parallel_size=options.pop("tensor_parallel_size", 1),
             **{**harness.engine_options(folder / "store", **options), **flags},

@@ -11,32 +11,42 @@ from flexllm_vllm.worker.activation_codec import ActivationDtype, build_codec
 WIDTHS = {(0, "hidden"): 24, (0, "gate_up"): 70, (1, "hidden"): 24}
 
 
+@pytest.mark.parametrize("is_indexed", [False, True])
+@pytest.mark.parametrize("stored", ["auto", "int8"])
 @pytest.mark.parametrize("seed", range(20))
-def test_rows_come_back_whatever_the_pages_and_windows(seed: int) -> None:
+def test_rows_come_back_whatever_the_pages_and_windows(
+    seed: int, stored: ActivationDtype, is_indexed: bool
+) -> None:
     rng = random.Random(seed)
-    cache = ActivationCache(40, 4000, build_codec(torch.float32, "auto"), torch.device("cpu"))
+    codec = build_codec(torch.float32, stored)
+    cache = ActivationCache(40, 4000 - seed % 3, codec, torch.device("cpu"), is_indexed)
     layout = cache.layout(WIDTHS)
-    assert layout.tokens_per_page == 4000 // (4 * (24 + 70 + 24))
+    if stored == "auto":
+        assert layout.tokens_per_page == (4000 - seed % 3) // (4 * (24 + 70 + 24))
     free = list(range(40))
     if seed % 2:
         rng.shuffle(free)
     packs = []
     for _ in range(3):
         rows = rng.randint(1, 100)
-        pages = [free.pop(0) for _ in range(layout.num_pages(rows))]
-        packs.append((pages, {key: torch.randn(rows, width) for key, width in WIDTHS.items()}))
-    for pages, values in packs:
+        kept = cache.rows(layout, [free.pop(0) for _ in range(layout.num_pages(rows))])
+        packs.append((kept, {key: torch.randn(rows, width) for key, width in WIDTHS.items()}))
+    for kept, values in packs:
         for key, value in values.items():
             start = 0
             while start < len(value):
                 end = min(len(value), start + rng.randint(1, 40))
-                cache.write(layout, pages, key, start, value[start:end])
+                cache.write(kept, key, start, value[start:end])
                 start = end
-    for pages, values in packs:
+    for kept, values in packs:
         for key, value in values.items():
             start = rng.randrange(len(value))
             end = rng.randint(start + 1, len(value))
-            assert torch.equal(cache.read(layout, pages, key, start, end), value[start:end])
+            found = cache.read(kept, key, start, end)
+            exact = value[start:end]
+            if stored == "int8":
+                exact = codec.decode(codec.encode(exact), exact.shape[1])
+            assert torch.equal(found, exact)
 
 
 def test_an_adapter_that_keeps_less_gets_more_tokens_into_a_page() -> None:

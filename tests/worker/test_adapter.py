@@ -1,5 +1,6 @@
 """The adapter in training, against torch's own clipping and AdamW, and PEFT's own loader."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ class Shapes:
     """The part of a model's backward that an adapter asks for."""
 
     num_layers = LAYERS
+    device = torch.device("cpu")
 
     def __init__(self, parallel: TensorParallel) -> None:
         self.parallel = parallel
@@ -68,7 +70,7 @@ def test_steps_equal_torchs_clipping_and_adamw() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        assert adapter.step(rate, 0.5) == pytest.approx(float(expected), rel=1e-5)
+        assert float(adapter.step(rate, 0.5)) == pytest.approx(float(expected), rel=1e-5)
     got = [matrix for n in names for matrix in adapter.matrices()[n]]
     for matrix, parameter in zip(got, reference, strict=True):
         torch.testing.assert_close(matrix, parameter.detach(), rtol=1e-5, atol=1e-7)
@@ -89,8 +91,7 @@ def test_gradients_that_are_not_finite_change_nothing() -> None:
     before = {path: (a.clone(), b.clone()) for path, (a, b) in adapter.matrices().items()}
     next(iter(adapter.pack_gradients().values()))[0].fill_(float("nan"))
     adapter.commit_pack_gradients()
-    with pytest.raises(FloatingPointError):
-        adapter.step(1e-3, 1.0)
+    assert not math.isfinite(adapter.step(1e-3, 1.0))
     for path, (a, b) in adapter.matrices().items():
         assert torch.equal(a, before[path][0])
         assert torch.equal(b, before[path][1])

@@ -5,6 +5,8 @@ input, run in Triton's interpreter, on CPU tensors. vLLM's CPU build looks for T
 before it uses any of them: it finds this. Our own operations stay with their CPU kernels (they ask
 for ``TRITON_INTERPRET``).
 
+``FLEXLLM_TEST_KERNELS=1``: our Triton kernels run in the interpreter, in place of their CPU ones.
+
 ``FLEXLLM_TEST_STREAMS=1``: CUDA streams and events, of which asynchronous scheduling copies sampled
 tokens, do nothing: everything has happened when a call returns.
 """
@@ -22,6 +24,9 @@ if os.environ.get("FLEXLLM_TEST_INTERPRETER") == "1":
     del os.environ["TRITON_INTERPRET"]
     driver = SimpleNamespace(is_active=lambda: True)
     backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)  # type: ignore[assignment]
+
+if os.environ.get("FLEXLLM_TEST_KERNELS") == "1":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 if os.environ.get("FLEXLLM_TEST_STREAMS") == "1":
     import torch

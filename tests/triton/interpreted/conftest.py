@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter, which must be chosen before Triton is imported: these
-tests run in a process of their own (``tests/triton/test_interpreter.py`` starts it)."""
+tests run in a process of their own (``tests/triton/test_interpreter.py`` starts it). Where there is
+a GPU they run on it as well."""
 
 import os
 from collections.abc import Iterator
@@ -7,12 +8,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["test_*.py"]
-else:
+if os.environ.get("TRITON_INTERPRET") == "1":
     import bfloat16
 
     bfloat16.install()
+elif not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """On which tensors are made."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield
+        return
+    with torch.device("cuda"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,31 +1,29 @@
-"""vLLM's CPU worker, extended: it runs the finetuning part of each iteration's plan."""
+"""A worker of vLLM's, extended: it runs the finetuning part of each iteration's plan."""
 
 import copy
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from flexllm_vllm.config import FinetuningConfig
-from flexllm_vllm.kernels import native
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
 from flexllm_vllm.models.base import ActivationPolicy, TrainedLinears
-from flexllm_vllm.patches import (
-    cpu_attention_layout,
-    cpu_compilation,
-    cpu_linear_weights,
-    cpu_lora_ops,
-)
+from flexllm_vllm.patches import eager_batches
 from flexllm_vllm.plan import SaveAdapter, StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
-from flexllm_vllm.worker.kv_layout import check_kv_layout
 from flexllm_vllm.worker.lora_slots import TrainingSlots
+from flexllm_vllm.worker.memory import training_bytes
 from flexllm_vllm.worker.model_runners import follow_batch_order, with_result
 from flexllm_vllm.worker.trainer import Trainer, kept_per_token
+
+if TYPE_CHECKING:  # the mix-in extends its methods
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
 
 logger = get_logger(__name__)
 
@@ -50,8 +48,11 @@ def with_hidden_rows(vllm_config: VllmConfig, config: FinetuningConfig) -> VllmC
     return worker_config
 
 
-class FinetuningWorker(CPUWorker):
-    """Runs a :class:`StepPlan` inside each iteration that carries one."""
+class FinetuningWorkerMixin(_Base):
+    """Runs a :class:`StepPlan` inside each iteration that carries one.
+
+    What differs from device to device is below, under its own heading.
+    """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         config = FinetuningConfig.from_vllm_config(vllm_config)
@@ -60,19 +61,44 @@ class FinetuningWorker(CPUWorker):
         self._finetuning = config
         self._trainer: Trainer | None = None
         self._plan: StepPlan | None = None
-        cpu_attention_layout.apply()
-        cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
-        cpu_lora_ops.apply()
-        cpu_compilation.apply_to_layers()
-        native.library()  # compiled at the first start on a machine, not during the first job
+        self._patch_vllm(config)
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
+
+    # -- of a device -------------------------------------------------------------------------
+
+    def _patch_vllm(self, config: FinetuningConfig) -> None:
+        """Changes vLLM before it loads the model."""
+
+    def _check_kv_layout(self) -> None:
+        """Makes sure that the backward reads K and V as vLLM's attention has written them.
+
+        Raises:
+            ValueError: it would not.
+        """
+        raise NotImplementedError
+
+    def _prepare_eager(self, model: torch.nn.Module) -> None:
+        """Prepares the model, which is compiled by now, for batches that run its layers eagerly."""
+
+    def _needs_eager(self) -> bool:
+        """Whether the batch that is about to run must run the model's layers themselves, outside
+        of compiled and CUDA graphs, which capture nothing of it."""
+        return self._plan is not None and bool(self._plan.forward)
+
+    # -- start -------------------------------------------------------------------------------
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         # Refuses an unsupported model now, before the KV cache takes the memory.
         self._backward = build_backward(
-            self.model_runner.model, self.model_config.architectures, self._finetuning.max_jobs
+            self._model, self.model_config.architectures, self._finetuning.max_jobs
         )
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        """vLLM's model, below what captures CUDA graphs."""
+        model: torch.nn.Module = self.model_runner.get_model()
+        return model
 
     def determine_available_memory(self) -> int:
         """Leaves room for what training keeps, where vLLM sizes the KV cache by itself."""
@@ -80,7 +106,8 @@ class FinetuningWorker(CPUWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
         num_pages, page_bytes, _ = self._cache_shape()
-        return available - num_pages * page_bytes
+        training = training_bytes(self._backward, self._finetuning, num_pages * PAGE_TOKENS)
+        return available - num_pages * page_bytes - training
 
     def _cache_shape(self) -> tuple[int, int, ActivationCodec]:
         """Pages of the activation cache, bytes of each, and how values are stored in them.
@@ -114,15 +141,20 @@ class FinetuningWorker(CPUWorker):
     @torch.inference_mode()
     def _start_trainer(self) -> None:
         runner, model = self.model_runner, self._backward
-        check_kv_layout(runner, model.kv_cache(0), model.num_kv_heads, model.head_size, model.dtype)
+        self._check_kv_layout()
         cache = ActivationCache(*self._cache_shape(), self.device)
         self._announce(cache)
-        manager = runner.lora_manager._adapter_manager
-        cpu_lora_ops.know_ranks(manager)
-        self._trainer = Trainer(model, self._policy, cache, TrainingSlots(manager, self.lora_dtype))
+        slots = TrainingSlots(self._lora_manager, self.lora_dtype, self.device)
+        self._trainer = Trainer(model, self._policy, cache, slots)
         self._batch_order = follow_batch_order(runner)
-        runner.model.register_forward_pre_hook(self._before_forward)
-        cpu_compilation.choose_path(runner.model, self._needs_eager)
+        self._model.register_forward_pre_hook(self._before_forward)
+        eager_batches.apply(runner, self._model, self._needs_eager)
+        self._prepare_eager(self._model)
+
+    @property
+    def _lora_manager(self) -> Any:
+        """``vllm.lora.model_manager.LRUCacheLoRAModelManager``."""
+        return self.model_runner.lora_manager._adapter_manager
 
     def _announce(self, cache: ActivationCache) -> None:
         """Says what the cache means to a user: how many long sequences it holds."""
@@ -144,13 +176,7 @@ class FinetuningWorker(CPUWorker):
         """dtype of vLLM's LoRA slots."""
         return self.vllm_config.lora_config.lora_dtype
 
-    def _needs_eager(self) -> bool:
-        """Whether a row of this batch has an adapter, or is a finetuning row: those of a reference
-        model have none, and the compiled graph captures nothing."""
-        if self._plan is not None and self._plan.forward:
-            return True
-        wrappers = self.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
-        return any(cpu_lora_ops.has_adapter_rows(wrapper) for wrapper in wrappers)
+    # -- iterations --------------------------------------------------------------------------
 
     def _before_forward(self, *_: Any) -> None:
         """Maps finetuning rows to the batch, whose order is final now."""
@@ -179,7 +205,7 @@ class FinetuningWorker(CPUWorker):
         finally:
             self._trainer.end_forward()
             self._plan = None
-        if isinstance(output, ModelRunnerOutput):
+        if isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
             return self._with_result(output)
         return output
 
@@ -192,7 +218,7 @@ class FinetuningWorker(CPUWorker):
         self._trainer.run(StepPlan(save=orders))
         if not self._trainer.saver.wait_for_all(timeout_s):
             logger.warning("the disk is too slow: a checkpoint is not complete")
-        return self._trainer.take_result()
+        return self._trainer.take_result().get()
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -202,4 +228,4 @@ class FinetuningWorker(CPUWorker):
         if self._trainer is None:
             return output
         result = self._trainer.take_result()
-        return output if result == StepResult() else with_result(output, result)
+        return with_result(output, result) if result else output

@@ -1,0 +1,1 @@
+"""The operations of the backward, one by one."""

@@ -1,0 +1,23 @@
+"""vLLM's GPU worker, extended. Never run on a GPU so far (README)."""
+
+import torch
+from vllm.model_executor.custom_op import CustomOp
+from vllm.v1.worker.gpu_worker import Worker
+
+from flexllm_vllm.worker.kv_layout import check_gpu_layout
+from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
+
+
+class FinetuningGPUWorker(FinetuningWorkerMixin, Worker):
+    """See :class:`FinetuningWorkerMixin`."""
+
+    def _check_kv_layout(self) -> None:
+        check_gpu_layout(self.model_runner, self._backward)
+
+    def _prepare_eager(self, model: torch.nn.Module) -> None:
+        """Under the compiler vLLM's operations are written in torch, to be fused; run eagerly they
+        are slower than its own kernels. The graphs exist already and are not concerned."""
+        for module in model.modules():
+            if isinstance(module, CustomOp):
+                module._enforce_enable = True
+                module._forward_method = module.dispatch_forward(compile_native=False)
