@@ -142,7 +142,8 @@ def finetuning_options(folder: Path, **flags: Any) -> dict[str, Any]:
     args = EngineArgs(model="unused")
     apply_to_engine_args(args, FinetuningConfig(dir=folder, **flags))
     names = ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "scheduler_cls",
-             "worker_cls", "async_scheduling", "additional_config")  # fmt: skip
+             "worker_cls", "async_scheduling", "disable_hybrid_kv_cache_manager",
+             "additional_config")  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 

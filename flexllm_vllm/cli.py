@@ -342,6 +342,9 @@ def apply_to_engine_args(engine_args: Any, config: FinetuningConfig, device: str
             config.max_lora_rank,
         )
         engine_args.max_lora_rank = config.max_lora_rank
+    # Where only some layers have a sliding window vLLM frees the blocks behind it in those alone;
+    # the backward has one block table for all.
+    engine_args.disable_hybrid_kv_cache_manager = True
     engine_args.scheduler_cls = SCHEDULER
     engine_args.worker_cls = WORKERS[device]
     engine_args.shutdown_timeout = engine_args.shutdown_timeout or SHUTDOWN_TIMEOUT

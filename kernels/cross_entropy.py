@@ -54,22 +54,48 @@ class TokenLosses:
         )
 
 
+@dataclass(frozen=True)
+class LogitForm:
+    """What becomes of the product with the head: ``scale * soft_cap * tanh(product / soft_cap)``,
+    or ``scale * product``.
+
+    Attributes:
+        scale: factor of the logits.
+        soft_cap: bound of the logits before that factor (Gemma 2, arXiv 2408.00118); None for none.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def bend(self, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits before the factor, in the dtype of ``product``; and their derivative, where it
+        is not one."""
+        if self.soft_cap is None:
+            return product, None
+        bent = torch.tanh(product.float() / self.soft_cap)
+        slope = 1.0 - bent.square()
+        return (bent * self.soft_cap).to(product.dtype), slope
+
+
+PLAIN = LogitForm()
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     scale: float,
-    logit_scale: float = 1.0,
+    form: LogitForm = PLAIN,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[TokenLosses, torch.Tensor | None]:
-    """``-log softmax(logit_scale * x W^T)[target]`` of each token, and the gradient of their sum.
+    """``-log softmax(form(x W^T))[target]`` of each token, and the gradient of their sum.
 
     Args:
         x: ``[num_tokens, hidden_size]``.
         weight: ``[vocab_size, hidden_size]``.
         targets: ``[num_tokens]`` int64.
         scale: factor of the gradient (one over the loss-bearing tokens of the batch); 0 for none.
-        logit_scale: factor of the logits.
+        form: of the logits.
         project: a faster ``x W^T``, where there is one.
 
     Returns:
@@ -87,8 +113,11 @@ def linear_cross_entropy(
             else torch.mm(chunk, weight.t(), out=_buffer(x, weight.shape[0])[: len(chunk)])
         )
         into = TokenLosses(found.losses[rows], found.correct[rows])
-        gradient = softmax_cross_entropy(logits, targets[rows], scale, logit_scale, into)
+        logits, slope = form.bend(logits)
+        gradient = softmax_cross_entropy(logits, targets[rows], scale, form.scale, into)
         if dx is not None:
+            if slope is not None:
+                gradient = (slope * gradient).to(weight.dtype)
             dx[rows] = input_gradient(gradient, weight)
     return found, dx
 

@@ -11,7 +11,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         x: ``[num_tokens, hidden_size]``.
-        weight: ``[hidden_size]``, in the dtype of ``x``.
+        weight: ``[hidden_size]``, in the dtype of ``x`` or in float32.
         eps: added to the mean square.
 
     Returns:
@@ -23,7 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return on_gpu.rms_norm(x, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
-    if native.call("rms_norm", x, weight, *x.shape, eps, y):
+    if weight.dtype == x.dtype and native.call("rms_norm", x, weight, *x.shape, eps, y):
         return y
     return rms_norm_torch(x, weight, eps)
 
@@ -63,7 +63,8 @@ def rms_norm_backward(
         return on_gpu.rms_norm_backward(dy, x, weight, eps, residual)
     dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     dy, x = dy.contiguous(), x.contiguous()
-    if native.call("rms_norm_backward", dy, x, weight, residual, *x.shape, eps, dx):
+    same = dy.dtype == weight.dtype == x.dtype
+    if same and native.call("rms_norm_backward", dy, x, weight, residual, *x.shape, eps, dx):
         return dx
     return rms_norm_backward_torch(dy, x, weight, eps, residual)
 

@@ -10,8 +10,14 @@ Example = tuple[list[int], list[int]]
 
 
 def load_peft(model: str | Path, adapter: str | Path) -> PeftModel:
-    """The base model in float32 with a trainable adapter."""
-    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    """The base model in float32 with a trainable adapter.
+
+    Its attention is the eager one: torch's fused one leaves out what it does not know (the soft cap
+    of Gemma 2).
+    """
+    base = AutoModelForCausalLM.from_pretrained(
+        str(model), dtype=torch.float32, attn_implementation="eager"
+    )
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
 

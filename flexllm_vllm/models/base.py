@@ -147,7 +147,8 @@ class ModelBackward(Protocol):
         """The layer's paged KV cache."""
 
     def rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines ``[num_rows, rotary_dim]`` float32 at these positions."""
+        """Cosines and sines ``[num_rows, num_tables * rotary_dim]`` float32 at these positions, of
+        each distinct rotary embedding of the model."""
 
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
@@ -175,7 +176,7 @@ class ModelBackward(Protocol):
             layer: index of the layer.
             d_out: ``[num_rows, hidden_size]`` float32, gradient of the layer's output.
             saved: what ``capture`` was given for this layer and these rows.
-            rotary: ``[num_rows, rotary_dim]``, see :meth:`rotary_table`.
+            rotary: see :meth:`rotary_table`.
             segments: the sequences that the rows belong to.
             adapter: the job's adapter.
 

@@ -8,23 +8,24 @@ from torch.nn.functional import linear
 
 from flexllm_vllm.kernels.lora import lora_add
 from flexllm_vllm.kernels.paged_attention import attention_forward
-from flexllm_vllm.kernels.rms_norm import rms_norm
-from flexllm_vllm.kernels.rotary import apply_rotary
 from flexllm_vllm.models.base import LoraMatrices, RowSegment
 from flexllm_vllm.models.decoder import Decoder
+from flexllm_vllm.models.rotary import Rotary
 
 
 class LayerChain:
     """Values of one layer's forward for a window of rows: kept ones, others computed when asked.
 
     ``hidden -> (norm, q, k) projected -> (head norms, rotary) query -> (softmax K V) attention ->
-    (o_proj) middle -> (norm) gate_up``; ``projected`` only where queries and keys have norms.
+    (o_proj) attended -> (+ hidden) middle -> (norm) gate_up -> (activation, down_proj)
+    transformed``; ``projected`` only where queries and keys have norms, ``attended`` and
+    ``transformed`` only where they pass norms themselves.
 
     Args:
         decoder: the model.
         layer: index of the layer.
         saved: values by name, ``[num_rows, width]`` each.
-        rotary: ``[num_rows, rotary_dim]``, see :meth:`Decoder.rotary_table`.
+        rotary: of the layer, at the rows' positions.
         segments: the sequences that the rows belong to.
         adapter: the job's adapter.
     """
@@ -34,7 +35,7 @@ class LayerChain:
         decoder: Decoder,
         layer: int,
         saved: Mapping[str, torch.Tensor],
-        rotary: torch.Tensor,
+        rotary: Rotary,
         segments: list[RowSegment],
         adapter: LoraMatrices,
     ) -> None:
@@ -60,7 +61,7 @@ class LayerChain:
     def normed_hidden(self) -> torch.Tensor:
         """``[num_rows, hidden_size]``, the input of q, k and v."""
         return self._value(
-            "normed_hidden", lambda: _normed(self.hidden, self._modules.input_layernorm)
+            "normed_hidden", lambda: self._normed(self.hidden, self._modules.input_layernorm)
         )
 
     @property
@@ -81,10 +82,10 @@ class LayerChain:
         heads = (-1, decoder.num_heads, decoder.head_size)
         if decoder.has_head_norms:
             raw = self.projected[:, : decoder.q_size].reshape(-1, decoder.head_size)
-            y = _normed(raw, norm.q_norm)
+            y = self._normed(raw, norm.q_norm)
         else:
             y = self._query_key_value(decoder.q_size)
-        return apply_rotary(y.view(heads), self._rotary, decoder.rotary.is_neox_style).flatten(1)
+        return self._rotary.apply(y.view(heads)).flatten(1)
 
     def _query_key_value(self, width: int) -> torch.Tensor:
         """The first columns of the merged projection."""
@@ -112,6 +113,7 @@ class LayerChain:
                 segment.start,
                 decoder.scale,
                 decoder.sliding_window(self._layer),
+                decoder.attention_soft_cap(self._layer),
             )
         return out.flatten(1)
 
@@ -121,19 +123,45 @@ class LayerChain:
         return self._value("middle", self._compute_middle)
 
     def _compute_middle(self) -> torch.Tensor:
-        partial = self._output_of("o_proj", self.attention)
-        return self._decoder.parallel.all_reduce(partial).add_(self.hidden)
+        decoder = self._decoder
+        if decoder.has_post_norms:
+            added = self._normed(self.attended, self._modules.post_attention_layernorm)
+        else:
+            added = self._sum_of("o_proj", self.attention)
+        if decoder.residual_multiplier != 1.0:
+            added *= decoder.residual_multiplier
+        return added.add_(self.hidden)
+
+    @property
+    def attended(self) -> torch.Tensor:
+        """``[num_rows, hidden_size]``, the output of o_proj."""
+        return self._value("attended", lambda: self._sum_of("o_proj", self.attention))
+
+    @property
+    def transformed(self) -> torch.Tensor:
+        """``[num_rows, hidden_size]``, the output of down_proj."""
+        return self._value("transformed", self._compute_transformed)
+
+    def _compute_transformed(self) -> torch.Tensor:
+        return self._sum_of("down_proj", self._decoder.activation.forward(self.gate_up))
 
     @property
     def normed_middle(self) -> torch.Tensor:
         """``[num_rows, hidden_size]``, the MLP's input."""
-        norm = self._modules.post_attention_layernorm
-        return self._value("normed_middle", lambda: _normed(self.middle, norm))
+        norm = self._decoder.mlp_norm(self._layer)
+        return self._value("normed_middle", lambda: self._normed(self.middle, norm))
 
     @property
     def gate_up(self) -> torch.Tensor:
-        """``[num_rows, 2 * intermediate_size]``, the input of SwiGLU."""
+        """``[num_rows, 2 * intermediate_size]``, the input of the activation."""
         return self._value("gate_up", lambda: self._output_of("gate_up_proj", self.normed_middle))
+
+    def _normed(self, x: torch.Tensor, module: Any) -> torch.Tensor:
+        return self._decoder.norm_of(module).forward(x)
+
+    def _sum_of(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The output of a linear that is sharded along its input."""
+        return self._decoder.parallel.all_reduce(self._output_of(name, x))
 
     def _output_of(self, name: str, x: torch.Tensor) -> torch.Tensor:
         y = self._decoder.weights.project(self._layer, name, x)
@@ -143,7 +171,3 @@ class LayerChain:
     def _add_lora(self, y: torch.Tensor, x: torch.Tensor, name: str) -> None:
         if (group := self._adapter.group(self._layer, name)) is not None:
             lora_add(y, x, group, [c for c in group.columns if c[1] <= y.shape[1]])
-
-
-def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon)

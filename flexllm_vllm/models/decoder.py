@@ -5,17 +5,22 @@ from typing import Any
 import torch
 
 from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.models.gated import gated_activation
+from flexllm_vllm.models.norm import FrozenNorm
 from flexllm_vllm.models.parallel import TensorParallel
+from flexllm_vllm.models.rotary import Rotary
 from flexllm_vllm.models.weights import FrozenWeights, unwrapped
 
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Decoder:
-    """A loaded vLLM model of the Llama kind (Llama, Mistral, Qwen2, Qwen3).
+    """A loaded vLLM model of the Llama kind (Llama, Mistral, Qwen2, Qwen3, Granite, Gemma 2 and 3).
 
     Pre-norm residual layers, one merged linear each for q, k, v and for gate and up, rotary
-    embedding, SwiGLU. Linears may have biases; queries and keys may have a norm of each head.
+    embedding, a gated activation. Linears may have biases; queries and keys may have a norm of each
+    head. What attention and MLP add to the residual stream may pass a norm before (Gemma), or be
+    scaled (Granite). Layers may differ in sliding window and rotary embedding.
 
     Args:
         model: vLLM's model.
@@ -29,7 +34,12 @@ class Decoder:
             ``hidden_size``, are those of this rank.
         q_size, kv_size: widths of query and of key (or value) in the merged projection.
         scale: of the attention's logits.
-        rotary: vLLM's rotary embedding.
+        logit_scale, logit_soft_cap: of the loss head's logits, which are
+            ``scale * cap * tanh(logits / cap)`` with a cap.
+        has_head_norms: queries and keys have a norm of each head.
+        has_post_norms: what attention and MLP add to the residual stream passes a norm.
+        residual_multiplier: by which it is scaled.
+        activation: of the MLP.
         weights: the frozen weights, by layer and name of the merged linear.
 
     Raises:
@@ -39,10 +49,13 @@ class Decoder:
     def __init__(self, model: Any, max_jobs: int = 1) -> None:
         self.norm = model.model.norm
         self.layers = list(model.model.layers)
-        self.lm_head = unwrapped(model.lm_head)
+        # Gemma 2 has the embedding alone.
+        self.lm_head = unwrapped(getattr(model, "lm_head", model.model.embed_tokens))
         self.vocab_size: int = model.config.vocab_size
         self.parallel = TensorParallel.of_this_worker()
-        self.logit_scale = float(getattr(unwrapped(model.logits_processor), "scale", 1.0))
+        processor = unwrapped(model.logits_processor)
+        self.logit_scale = float(getattr(processor, "scale", 1.0))
+        self.logit_soft_cap: float | None = getattr(processor, "soft_cap", None)
         attention = self.layers[0].self_attn
         self.num_heads: int = attention.num_heads
         self.num_kv_heads: int = attention.num_kv_heads
@@ -50,8 +63,14 @@ class Decoder:
         self.q_size: int = attention.q_size
         self.kv_size: int = attention.kv_size
         self.scale: float = attention.scaling
-        self.rotary = attention.rotary_emb
         self.has_head_norms = getattr(attention, "q_norm", None) is not None
+        self.has_post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
+        self.residual_multiplier = float(getattr(self.layers[0], "residual_multiplier", 1.0))
+        self.activation = gated_activation(self.layers[0].mlp.act_fn)
+        # Distinct ones: of layers that share an embedding vLLM shares the module.
+        of_layers = [layer.self_attn.rotary_emb for layer in self.layers]
+        self._rotaries = list({id(rotary): rotary for rotary in of_layers}.values())
+        self._norms: dict[int, FrozenNorm] = {}
         norm_weight = self.layers[0].input_layernorm.weight
         self.hidden_size: int = norm_weight.shape[0]
         self.dtype: torch.dtype = norm_weight.dtype
@@ -85,10 +104,15 @@ class Decoder:
             )
         if any(getattr(x, "do_llama_4_scaling", False) for x in attentions):
             raise ValueError("finetuning does not support queries scaled by their position yet")
-        if not hasattr(self.rotary, "cos_sin_cache"):
-            raise ValueError(
-                f"finetuning does not support the rotary embedding {type(self.rotary).__name__}"
-            )
+        if any(getattr(x, "sinks", None) is not None for x in attentions):
+            raise ValueError("finetuning does not support attention sinks yet")
+        if not all(getattr(x, "use_rope", True) for x in attentions):
+            raise ValueError("finetuning does not support layers without a rotary embedding yet")
+        for rotary in self._rotaries:
+            if not hasattr(rotary, "cos_sin_cache"):
+                raise ValueError(
+                    f"finetuning does not support the rotary embedding {type(rotary).__name__}"
+                )
 
     def linear_shapes(self) -> dict[str, LinearShape]:
         """Shapes of the merged linears of a layer, whole."""
@@ -118,10 +142,42 @@ class Decoder:
         """Keys that a query of this layer sees, itself among them; None for all before it."""
         return getattr(self.layers[layer].self_attn.attn, "sliding_window", None)
 
+    def attention_soft_cap(self, layer: int) -> float | None:
+        """Scores are ``soft_cap * tanh(scores / soft_cap)``; None for none."""
+        implementation = getattr(self.layers[layer].self_attn.attn, "impl", None)
+        return getattr(implementation, "logits_soft_cap", None) or None
+
+    def mlp_norm(self, layer: int) -> Any:
+        """The norm before the MLP, whose input is the residual stream after the attention."""
+        modules = self.layers[layer]
+        if self.has_post_norms:
+            return modules.pre_feedforward_layernorm
+        return modules.post_attention_layernorm
+
+    def norm_of(self, module: Any) -> FrozenNorm:
+        """What a norm of vLLM's computes."""
+        found = self._norms.get(id(module))
+        if found is None:
+            found = self._norms[id(module)] = FrozenNorm.of(module)
+        return found
+
     def kv_cache(self, layer: int) -> torch.Tensor:
         """The layer's paged KV cache."""
         return self.layers[layer].self_attn.attn.kv_cache
 
     def rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines ``[num_rows, rotary_dim]`` float32 at these positions."""
-        return self.rotary.cos_sin_cache.index_select(0, positions).float()
+        """Cosines and sines ``[num_rows, num_tables * rotary_dim]`` float32 at these positions, of
+        each distinct rotary embedding of the model."""
+        tables = [r.cos_sin_cache.index_select(0, positions).float() for r in self._rotaries]
+        return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
+
+    def rotary_of(self, layer: int, table: torch.Tensor) -> Rotary:
+        """A layer's rotary embedding at the positions of a :meth:`rotary_table`."""
+        module, first = self.layers[layer].self_attn.rotary_emb, 0
+        for rotary in self._rotaries:
+            width = rotary.cos_sin_cache.shape[1]
+            if rotary is module:
+                own = table[:, first : first + width].contiguous()
+                return Rotary(own, bool(rotary.is_neox_style))
+            first += width
+        raise AssertionError("every layer's embedding is among the model's")

@@ -1,11 +1,11 @@
 """Backward of Llama's decoder layers and those built like them.
 
-It mirrors ``vllm/model_executor/models/llama.py``, ``mistral.py``, ``qwen2.py`` and ``qwen3.py``. A
-layer's forward is a chain, and any value of it can be kept or computed again from those before
-(:class:`LayerChain`). K and V are read from the paged cache; norms, the SwiGLU product and the
-softmax rows are always recomputed. Which of the chain's values are needed at all follows from the
-adapter's targets (``LlamaBackward._needs``), which of those are kept from the policy
-(``LlamaBackward.saved``).
+It mirrors ``llama.py``, ``mistral.py``, ``qwen2.py``, ``qwen3.py``, ``granite.py``, ``gemma2.py``
+and ``gemma3.py`` of ``vllm/model_executor/models``. A layer's forward is a chain, and any value of
+it can be kept or computed again from those before (:class:`LayerChain`). K and V are read from the
+paged cache; norms before a linear, the activation's product and the softmax rows are always
+recomputed. Which of the chain's values are needed at all follows from the adapter's targets
+(``LlamaBackward._needs``), which of those are kept from the policy (``LlamaBackward.saved``).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from flexllm_vllm.kernels.cross_entropy import TokenLosses, linear_cross_entropy, release_buffers
+from flexllm_vllm.kernels.cross_entropy import (
+    LogitForm,
+    TokenLosses,
+    linear_cross_entropy,
+    release_buffers,
+)
 from flexllm_vllm.kernels.linear import input_gradient, use_onednn
 from flexllm_vllm.kernels.lora import lora_backward
 from flexllm_vllm.kernels.paged_attention import attention_backward
-from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
-from flexllm_vllm.kernels.rotary import apply_rotary
-from flexllm_vllm.kernels.swiglu import swiglu, swiglu_backward
 from flexllm_vllm.models.base import (
     ActivationPolicy,
     Capture,
@@ -30,6 +32,8 @@ from flexllm_vllm.models.base import (
 )
 from flexllm_vllm.models.chain import LayerChain
 from flexllm_vllm.models.decoder import Decoder
+from flexllm_vllm.models.norm import FrozenNorm
+from flexllm_vllm.models.rotary import Rotary
 from flexllm_vllm.models.vocab_parallel import linear_cross_entropy_sharded
 
 # Linears that are sharded along their output: each rank has a part of the gradient of their input.
@@ -102,22 +106,29 @@ class LlamaBackward:
             "query": decoder.q_size,
             "projected": decoder.q_size + decoder.kv_size,
             "attention": decoder.q_size,
+            "attended": self.hidden_size,
             "middle": self.hidden_size,
+            "transformed": self.hidden_size,
             "gate_up": 2 * decoder.intermediate_size,
         }
         trains_out = (layer, "o_proj") in trained
-        # `attention` itself is only the input of o_proj's LoRA: its backward needs no output.
+        post_norms = decoder.has_post_norms
+        # The attention's output is only the input of o_proj, and its backward needs none: it is
+        # needed by o_proj's LoRA, and by a norm of o_proj's output.
+        needs_output = trains_out or (post_norms and needs.attention)
         wanted = []
         if policy == "store":
             query = "projected" if decoder.has_head_norms else "query"
             wanted += ["hidden", query] if needs.attention else []
             wanted += ["attention"] if trains_out else []
+            wanted += ["attended"] if post_norms and needs_output else []
             trains_gate_up = (layer, "gate_up_proj") in trained
             wanted += ["middle"] if needs.middle or trains_gate_up else []
             wanted += ["gate_up"]
-        elif trains_out and policy == "balanced":
+            wanted += ["transformed"] if post_norms else []
+        elif needs_output and policy == "balanced":
             wanted += ["hidden", "attention"]
-        elif not (needs.attention or trains_out):
+        elif not (needs.attention or needs_output):
             wanted += ["middle"]
         else:
             wanted += ["hidden"] if policy == "minimal" else ["hidden", "middle"]
@@ -126,7 +137,8 @@ class LlamaBackward:
     def install_capture(self, capture: Capture) -> Callable[[], None]:
         def on_stream(index: int, name: str, position: int) -> Any:
             def hook(_: Any, args: tuple[Any, ...]) -> None:
-                capture(index, name, args[position], args[position + 1])
+                addend = args[position + 1] if len(args) > position + 1 else None
+                capture(index, name, args[position], addend)
 
             return hook
 
@@ -136,27 +148,34 @@ class LlamaBackward:
 
             return hook
 
-        def on_projection(index: int) -> Any:
-            width = self._decoder.q_size + self._decoder.kv_size
-
+        def on_output(index: int, name: str, width: int) -> Any:
             def hook(_: Any, __: Any, output: Any) -> None:
-                capture(index, "projected", output[0][:, :width], None)
+                capture(index, name, output[0][:, :width], None)
 
             return hook
 
         decoder = self._decoder
         handles = [decoder.norm.register_forward_pre_hook(on_stream(self.num_layers, "hidden", 0))]
         for index, layer in enumerate(decoder.layers):
+            # Not the activation's input: layers may share that module.
+            outputs = [(layer.mlp.gate_up_proj, "gate_up", 2 * decoder.intermediate_size)]
             if decoder.has_head_norms:
-                projection = layer.self_attn.qkv_proj
-                handles.append(projection.register_forward_hook(on_projection(index)))
-            for module, hook in (
+                width = decoder.q_size + decoder.kv_size
+                outputs.append((layer.self_attn.qkv_proj, "projected", width))
+            for module, name, width in outputs:
+                handles.append(module.register_forward_hook(on_output(index, name, width)))
+            hooks = [
                 (layer, on_stream(index, "hidden", 1)),
                 (layer.self_attn.attn, on_input(index, "query")),
                 (layer.self_attn.o_proj, on_input(index, "attention")),
-                (layer.post_attention_layernorm, on_stream(index, "middle", 0)),
-                (layer.mlp.act_fn, on_input(index, "gate_up")),
-            ):
+                (decoder.mlp_norm(index), on_stream(index, "middle", 0)),
+            ]
+            if decoder.has_post_norms:
+                hooks += [
+                    (layer.post_attention_layernorm, on_input(index, "attended")),
+                    (layer.post_feedforward_layernorm, on_input(index, "transformed")),
+                ]
+            for module, hook in hooks:
                 handles.append(module.register_forward_pre_hook(hook))
 
         def remove() -> None:
@@ -170,7 +189,7 @@ class LlamaBackward:
     def loss_head(
         self, hidden: torch.Tensor, targets: torch.Tensor, scale: float
     ) -> tuple[TokenLosses, torch.Tensor | None]:
-        norm, head = self._decoder.norm, self._decoder.lm_head
+        norm, head = self._decoder.norm_of(self._decoder.norm), self._decoder.lm_head
         first, end = self._decoder.head_rows
         weight = head.weight[: end - first]
         packed = None
@@ -178,11 +197,11 @@ class LlamaBackward:
         is_fast = weight.dtype != torch.float32 or use_onednn(1)
         if len(head.weight) == len(weight) and is_fast:
             packed = getattr(head, "cpu_linear", None)
-        x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        logit_scale = self._decoder.logit_scale
+        x = norm.forward(hidden)
+        logits = LogitForm(self._decoder.logit_scale, self._decoder.logit_soft_cap)
         if self.parallel.size > 1:
             losses, dx = linear_cross_entropy_sharded(
-                x, weight, targets, scale, logit_scale, first, self.parallel
+                x, weight, targets, scale, logits, first, self.parallel
             )
         else:
             losses, dx = linear_cross_entropy(
@@ -190,12 +209,12 @@ class LlamaBackward:
                 weight,
                 targets,
                 scale,
-                logit_scale,
+                logits,
                 project=packed and (lambda rows: packed(rows, head.weight, None)),
             )
         if dx is None:
             return losses, None
-        return losses, rms_norm_backward(dx, hidden, norm.weight, norm.variance_epsilon)
+        return losses, norm.backward(dx, hidden)
 
     def layer_backward(
         self,
@@ -206,15 +225,20 @@ class LlamaBackward:
         segments: list[RowSegment],
         adapter: LoraMatrices,
     ) -> torch.Tensor | None:
-        needs = self._needs(layer, adapter.trained)
-        chain = LayerChain(self._decoder, layer, saved, rotary, segments, adapter)
+        decoder, needs = self._decoder, self._needs(layer, adapter.trained)
+        turned = decoder.rotary_of(layer, rotary)
+        chain = LayerChain(decoder, layer, saved, turned, segments, adapter)
         d_middle = self._mlp_backward(layer, d_out, chain, needs, adapter)
         if d_middle is None:
             return None
         d_attention = self._project_backward(
             layer,
             "o_proj",
-            d_middle.to(self.dtype),
+            self._added_backward(
+                d_middle,
+                lambda: chain.attended,
+                lambda: decoder.layers[layer].post_attention_layernorm,
+            ),
             lambda: chain.attention,
             adapter,
             needs.attention,
@@ -222,8 +246,25 @@ class LlamaBackward:
         if d_attention is None:
             return None
         return self._attention_backward(
-            layer, d_attention, d_middle, chain, rotary, segments, adapter, needs
+            layer, d_attention, d_middle, chain, turned, segments, adapter, needs
         )
+
+    def _added_backward(
+        self, d_sum: torch.Tensor, x: Callable[[], torch.Tensor], norm: Callable[[], Any]
+    ) -> torch.Tensor:
+        """From the residual stream to the output of attention or MLP that was added to it.
+
+        Args:
+            d_sum: ``[num_rows, hidden_size]`` float32.
+            x: that output.
+            norm: that it passes, where the model has one.
+        """
+        decoder = self._decoder
+        if decoder.residual_multiplier != 1.0:
+            d_sum = d_sum * decoder.residual_multiplier
+        if decoder.has_post_norms:
+            d_sum = decoder.norm_of(norm()).backward(d_sum, x())
+        return d_sum.to(self.dtype)
 
     def _mlp_backward(
         self,
@@ -234,22 +275,27 @@ class LlamaBackward:
         adapter: LoraMatrices,
     ) -> torch.Tensor | None:
         """From the layer's output to the residual stream between attention and MLP."""
-        dy = d_out.to(self.dtype)
+        decoder = self._decoder
+        activation = decoder.activation
+        dy = self._added_backward(
+            d_out,
+            lambda: chain.transformed,
+            lambda: decoder.layers[layer].post_feedforward_layernorm,
+        )
         if not needs.gate_up:
             self._project_backward(
-                layer, "down_proj", dy, lambda: swiglu(chain.gate_up), adapter, False
+                layer, "down_proj", dy, lambda: activation.forward(chain.gate_up), adapter, False
             )
             return None
         d_product = input_gradient(dy, self._decoder.weights.dense(layer, "down_proj"))
         if (group := adapter.group(layer, "down_proj")) is None:
-            d_gate_up, _ = swiglu_backward(d_product, chain.gate_up)
+            d_gate_up, _ = activation.backward(d_product, chain.gate_up)
         else:
-            # The gradient of the product is complete before the product itself is known: SwiGLU's
-            # backward computes both in one pass.
+            # The gradient of the product is complete before the product itself is known: the
+            # activation's backward computes both in one pass.
             g = lora_backward(dy, None, group, None, d_product)
-            d_gate_up, product = swiglu_backward(d_product, chain.gate_up)
+            d_gate_up, product = activation.backward(d_product, chain.gate_up)
             lora_backward(dy, product, group, adapter.grad(layer, "down_proj"), None, g)
-        norm = self._decoder.layers[layer].post_attention_layernorm
         d_normed = self._project_backward(
             layer,
             "gate_up_proj",
@@ -260,7 +306,7 @@ class LlamaBackward:
         )
         if d_normed is None:
             return None
-        return rms_norm_backward(d_normed, chain.middle, norm.weight, norm.variance_epsilon, d_out)
+        return decoder.norm_of(decoder.mlp_norm(layer)).backward(d_normed, chain.middle, d_out)
 
     def _attention_backward(
         self,
@@ -268,7 +314,7 @@ class LlamaBackward:
         d_attention: torch.Tensor,
         d_middle: torch.Tensor,
         chain: LayerChain,
-        rotary: torch.Tensor,
+        rotary: Rotary,
         segments: list[RowSegment],
         adapter: LoraMatrices,
         needs: _Needs,
@@ -280,7 +326,7 @@ class LlamaBackward:
         widths = (decoder.q_size, decoder.kv_size, decoder.kv_size)
         d_qkv = torch.empty(num_rows, sum(widths), dtype=self.dtype, device=self.device)
         d_query, d_key, d_value = d_qkv.split(widths, dim=1)
-        query, neox = chain.query.view(heads), decoder.rotary.is_neox_style
+        query = chain.query.view(heads)
         dq = torch.empty(heads, device=self.device)
         for segment in segments:
             rows = segment.rows
@@ -294,32 +340,29 @@ class LlamaBackward:
                 segment.dk,
                 segment.dv,
                 decoder.sliding_window(layer),
+                decoder.attention_soft_cap(layer),
             )
             # All later queries have had their turn: the gradients of these K and V are complete.
             own = slice(segment.start, segment.start + rows.stop - rows.start)
-            apply_rotary(
+            rotary[rows].apply(
                 segment.dk[:, own].transpose(0, 1),
-                rotary[rows],
-                neox,
                 inverse=True,
                 out=d_key.view(kv_heads)[rows],
             )
             d_value.view(kv_heads)[rows] = segment.dv[:, own].transpose(0, 1)
-        apply_rotary(dq, rotary, neox, inverse=True, out=d_query.view(heads))
+        rotary.apply(dq, inverse=True, out=d_query.view(heads))
         modules = decoder.layers[layer]
         if decoder.has_head_norms:
             raw = chain.projected.split(widths[:2], dim=1)
-            _head_norm_backward(d_query, raw[0], modules.self_attn.q_norm)
-            _head_norm_backward(d_key, raw[1], modules.self_attn.k_norm)
-        norm = modules.input_layernorm
+            _head_norm_backward(d_query, raw[0], decoder.norm_of(modules.self_attn.q_norm))
+            _head_norm_backward(d_key, raw[1], decoder.norm_of(modules.self_attn.k_norm))
+        norm = decoder.norm_of(modules.input_layernorm)
         d_normed = self._project_backward(
             layer, "qkv_proj", d_qkv, lambda: chain.normed_hidden, adapter, needs.hidden
         )
         if d_normed is None:
             return None
-        return rms_norm_backward(
-            d_normed, chain.hidden, norm.weight, norm.variance_epsilon, d_middle
-        )
+        return norm.backward(d_normed, chain.hidden, d_middle)
 
     def _project_backward(
         self,
@@ -345,16 +388,14 @@ class LlamaBackward:
         return dx
 
 
-def _head_norm_backward(d_heads: torch.Tensor, raw: torch.Tensor, norm: Any) -> None:
+def _head_norm_backward(d_heads: torch.Tensor, raw: torch.Tensor, norm: FrozenNorm) -> None:
     """Turns gradients of normed heads into those of the heads before, in place.
 
     Args:
         d_heads: ``[num_rows, num_heads * head_size]``, any row stride.
         raw: like ``d_heads``, the norm's input.
-        norm: vLLM's ``RMSNorm`` over ``head_size``.
+        norm: over ``head_size``.
     """
     size = norm.weight.shape[0]
-    found = rms_norm_backward(
-        d_heads.reshape(-1, size), raw.reshape(-1, size), norm.weight, norm.variance_epsilon
-    )
+    found = norm.backward(d_heads.reshape(-1, size), raw.reshape(-1, size))
     d_heads.copy_(found.view(d_heads.shape))

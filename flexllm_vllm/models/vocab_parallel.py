@@ -2,7 +2,7 @@
 
 import torch
 
-from flexllm_vllm.kernels.cross_entropy import CHUNK, TokenLosses
+from flexllm_vllm.kernels.cross_entropy import CHUNK, LogitForm, TokenLosses
 from flexllm_vllm.models.parallel import TensorParallel
 
 _SUM, _MAX = torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.MAX
@@ -13,7 +13,7 @@ def linear_cross_entropy_sharded(
     weight: torch.Tensor,
     targets: torch.Tensor,
     scale: float,
-    logit_scale: float,
+    form: LogitForm,
     first_token: int,
     parallel: TensorParallel,
 ) -> tuple[TokenLosses, torch.Tensor | None]:
@@ -27,7 +27,8 @@ def linear_cross_entropy_sharded(
         x: ``[num_tokens, hidden_size]``, the same on every rank.
         weight: ``[num_local_tokens, hidden_size]``, this rank's rows of the head, without padding.
         targets: ``[num_tokens]`` int64, of the whole vocabulary.
-        scale, logit_scale: factors of the gradient and of the logits.
+        scale: factor of the gradient.
+        form: of the logits.
         first_token: the token that the first row of ``weight`` stands for.
         parallel: the group.
 
@@ -38,9 +39,10 @@ def linear_cross_entropy_sharded(
     dx = torch.empty_like(x) if scale else None
     for start in range(0, x.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        scores = (x[rows] @ weight.t()).float()
-        if logit_scale != 1.0:
-            scores *= logit_scale
+        logits, slope = form.bend(x[rows] @ weight.t())
+        scores = logits.float()
+        if form.scale != 1.0:
+            scores = scores * form.scale
         local = targets[rows] - first_token
         is_here = (local >= 0) & (local < len(weight))
         local = torch.where(is_here, local, 0)[:, None]
@@ -56,6 +58,8 @@ def linear_cross_entropy_sharded(
             continue
         gradient = exponentials.div_(total[:, None])
         gradient.scatter_add_(1, local, -is_here[:, None].float())
-        gradient *= scale * logit_scale
+        gradient *= scale * form.scale
+        if slope is not None:
+            gradient *= slope
         dx[rows] = gradient.to(weight.dtype) @ weight
     return found, None if dx is None else parallel.all_reduce(dx)

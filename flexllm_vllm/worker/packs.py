@@ -17,7 +17,7 @@ class PackState:
 
     Attributes:
         spec: as the scheduler opened it.
-        rotary: ``[num_rows, rotary_dim]``, cosines and sines at the rows' positions.
+        rotary: cosines and sines at the rows' positions (``ModelBackward.rotary_table``).
         targets: ``[num_rows]`` int64, -1 where a row carries no loss.
         bearing: positions of the rows that carry loss, in order, on the host.
         bearing_rows: the same on the device.

@@ -34,7 +34,8 @@ def engine_options(folder: Path, **flags: Any) -> dict[str, Any]:
     config = FinetuningConfig(dir=folder, **flags)
     apply_to_engine_args(args, config, current_platform.device_name)
     names = ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "scheduler_cls",
-             "worker_cls", "async_scheduling", "additional_config")  # fmt: skip
+             "worker_cls", "async_scheduling", "disable_hybrid_kv_cache_manager",
+             "additional_config")  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 

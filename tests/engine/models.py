@@ -45,7 +45,7 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
         pad_token_id=0,
         **config_values,
     )
-    if family == "mistral":
+    if sliding_window is not None or family == "mistral":
         config.sliding_window = sliding_window
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flexllm_vllm.kernels.cross_entropy import linear_cross_entropy
+from flexllm_vllm.kernels.cross_entropy import LogitForm, linear_cross_entropy
+from flexllm_vllm.kernels.geglu import geglu, geglu_backward
 from flexllm_vllm.kernels.lora import LoraGroup, lora_add, lora_backward
 from flexllm_vllm.kernels.rms_norm import rms_norm, rms_norm_backward
 from flexllm_vllm.kernels.rotary import apply_rotary, apply_rotary_torch
@@ -46,6 +47,19 @@ def test_swiglu(dtype: torch.dtype) -> None:
     assert_near(product, y.detach(), dtype)
 
 
+@DTYPES
+def test_geglu(dtype: torch.dtype) -> None:
+    x, dy = 4 * torch.randn(300, 2 * 29).to(dtype), torch.randn(300, 29).to(dtype)
+    leaf = x.double().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    y = F.gelu(gate, approximate="tanh") * up
+    y.backward(dy.double())
+    assert_near(geglu(x), y.detach(), dtype)
+    gradient, product = geglu_backward(dy, x)
+    assert_near(gradient, leaf.grad, dtype)
+    assert_near(product, y.detach(), dtype)
+
+
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("rotary_dim", [16, 8])
 def test_rotary_is_vllms_and_its_backward_is_the_negative_angle(
@@ -79,19 +93,24 @@ def test_rotary_reads_and_writes_any_layout_and_dtype() -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("rows", [1, 5, 300])
-def test_linear_cross_entropy(dtype: torch.dtype, rows: int) -> None:
+def test_linear_cross_entropy(dtype: torch.dtype, rows: int, soft_cap: float | None) -> None:
     x, weight = torch.randn(rows, 24).to(dtype), torch.randn(101, 24).to(dtype)
     targets = torch.randint(0, 101, (rows,))
     leaf = x.double().requires_grad_()
-    loss = F.cross_entropy(0.7 * leaf @ weight.double().t(), targets, reduction="sum")
+    logits = leaf @ weight.double().t()
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    loss = F.cross_entropy(0.7 * logits, targets, reduction="sum")
     (loss / 9).backward()
-    got, dx = linear_cross_entropy(x, weight, targets, 1 / 9, 0.7)
+    got, dx = linear_cross_entropy(x, weight, targets, 1 / 9, LogitForm(0.7, soft_cap))
     assert dx is not None
     assert float(got.losses.sum()) == pytest.approx(float(loss.detach()), rel=TOLERANCE[dtype])
-    logits = (x.float() @ weight.float().t()).to(dtype)
-    assert torch.equal(got.correct, (logits.argmax(1) == targets).long())
-    scored, none = linear_cross_entropy(x, weight, targets, 0.0, 0.7)
+    if soft_cap is None:  # bent and rounded, many logits are the largest
+        logits = (x.float() @ weight.float().t()).to(dtype)
+        assert torch.equal(got.correct, (logits.argmax(1) == targets).long())
+    scored, none = linear_cross_entropy(x, weight, targets, 0.0, LogitForm(0.7, soft_cap))
     assert none is None
     assert torch.equal(scored.losses, got.losses)
     assert_near(dx, leaf.grad, dtype)

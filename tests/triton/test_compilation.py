@@ -17,6 +17,7 @@ from flexllm_vllm.kernels.triton import (
     attention_tiles,
     capture,
     cross_entropy,
+    geglu,
     paged_attention,
     rms_norm,
     rotary,
@@ -26,6 +27,7 @@ from flexllm_vllm.kernels.triton import (
 
 # dtype of activations -> what each argument is; "x" stands for a pointer to activations.
 LORA = {"ROWS": segmented_lora.ROWS, "COLUMNS": segmented_lora.COLUMNS, "RANK": 16}
+GEGLU = {"SLOPE": geglu.SLOPE, "CUBIC": geglu.CUBIC, "BLOCK": geglu.BLOCK}
 ATTENTION_TYPES = (
     dict.fromkeys(("query", "d_out", "cache"), "*x")
     | dict.fromkeys(("row_norm", "row_delta", "dq", "dk", "dv"), "*fp32")
@@ -40,6 +42,9 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     ("swiglu", swiglu.swiglu_kernel, {"gate_up": "*x", "out": "*x"}, {"BLOCK": swiglu.BLOCK}),
     ("swiglu_backward", swiglu.swiglu_backward_kernel,
      {"dy": "*x", "gate_up": "*x", "gradient": "*x", "product": "*x"}, {"BLOCK": swiglu.BLOCK}),
+    ("geglu", geglu.geglu_kernel, {"gate_up": "*x", "out": "*x"}, GEGLU),
+    ("geglu_backward", geglu.geglu_backward_kernel,
+     {"dy": "*x", "gate_up": "*x", "gradient": "*x", "product": "*x"}, GEGLU),
     ("rotary", rotary.rotary_kernel,
      {"x": "*x", "cos_sin": "*fp32", "out": "*x", "sign": "fp32"}, {"NEOX": True, "BLOCK": 64}),
     ("cross_entropy", cross_entropy.cross_entropy_kernel,

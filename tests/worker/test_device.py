@@ -55,17 +55,33 @@ def linear(out_features: int, in_features: int, **attributes: Any) -> Module:
     return Module(weight=empty(out_features, in_features), bias=None, tp_rank=0, **attributes)
 
 
-def norm(width: int) -> Module:
-    return Module(weight=empty(width), variance_epsilon=1e-6)
+class GemmaRMSNorm(Module):
+    pass
 
 
-def model(has_head_norms: bool) -> Any:
-    """As vLLM loads a Llama or a Qwen3."""
+class SiluAndMul(Module):
+    pass
+
+
+class GeluAndMul(Module):
+    pass
+
+
+def model(family: str) -> Any:
+    """As vLLM loads it."""
+    kind = GemmaRMSNorm if family == "gemma3" else Module
+
+    def norm(width: int) -> Module:
+        return kind(weight=empty(width), variance_epsilon=1e-6)
+
+    act_fn = GeluAndMul(approximate="tanh") if family == "gemma3" else SiluAndMul()
     q, kv = HEADS * HEAD, KV_HEADS * HEAD
     rotary = Module(cos_sin_cache=empty(128, HEAD), is_neox_style=True)
     layers = []
     for _ in range(LAYERS):
-        norms = {"q_norm": norm(HEAD), "k_norm": norm(HEAD)} if has_head_norms else {}
+        norms = {"q_norm": norm(HEAD), "k_norm": norm(HEAD)} if family != "llama" else {}
+        post = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        post_norms = {name: norm(HIDDEN) for name in post} if family == "gemma3" else {}
         attention = Module(
             num_heads=HEADS, num_kv_heads=KV_HEADS, total_num_kv_heads=KV_HEADS, head_dim=HEAD,
             q_size=q, kv_size=kv, scaling=HEAD**-0.5, rotary_emb=rotary,
@@ -73,18 +89,18 @@ def model(has_head_norms: bool) -> Any:
             attn=Module(kv_cache=empty(8, KV_HEADS, 16, 2 * HEAD), sliding_window=None), **norms,
         )  # fmt: skip
         mlp = Module(
-            gate_up_proj=linear(2 * INNER, HIDDEN), act_fn=Module(),
+            gate_up_proj=linear(2 * INNER, HIDDEN), act_fn=act_fn,
             down_proj=linear(HIDDEN, INNER, input_size_per_partition=INNER),
         )  # fmt: skip
         layers.append(
             Module(
                 self_attn=attention, mlp=mlp, input_layernorm=norm(HIDDEN),
-                post_attention_layernorm=norm(HIDDEN),
+                post_attention_layernorm=norm(HIDDEN), **post_norms,
             )
         )  # fmt: skip
     shard = SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=VOCAB)
     return SimpleNamespace(
-        model=SimpleNamespace(norm=norm(HIDDEN), layers=layers),
+        model=SimpleNamespace(norm=norm(HIDDEN), layers=layers, embed_tokens=None),
         lm_head=Module(weight=empty(VOCAB, HIDDEN), shard_indices=shard),
         logits_processor=Module(scale=1.0),
         config=SimpleNamespace(vocab_size=VOCAB),
@@ -131,7 +147,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 def capture_all(backward: LlamaBackward, run: Trainer, num_rows: int) -> None:
     """What the forward's hooks would be given."""
     widths = {**backward.saved(0, "store", adapter_of(run)), "attention": HEADS * HEAD}
-    widths["hidden"] = widths["middle"] = HIDDEN
+    for name in ("hidden", "middle", "attended", "transformed"):
+        widths[name] = HIDDEN
     for layer in range(LAYERS):
         for name, width in widths.items():
             addend = empty(num_rows, width) if name in ("hidden", "middle") else None
@@ -145,13 +162,13 @@ def adapter_of(run: Trainer) -> Any:
 
 
 @pytest.mark.parametrize("policy", ["store", "balanced", "minimal"])
-@pytest.mark.parametrize("has_head_norms", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("preference", [False, True])
 @pytest.mark.usefixtures("gpu")
 def test_a_step_is_all_on_the_device(
-    policy: ActivationPolicy, has_head_norms: bool, preference: bool
+    policy: ActivationPolicy, family: str, preference: bool
 ) -> None:
-    backward = LlamaBackward(model(has_head_norms))
+    backward = LlamaBackward(model(family))
     page = PAGE_TOKENS * 2 * (LAYERS * 1000 + HIDDEN)
     cache = ActivationCache(16, page, build_codec(DTYPE, "auto"), GPU)
     run = Trainer(backward, policy, cache, Slots())  # type: ignore[arg-type]

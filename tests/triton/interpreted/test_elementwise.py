@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from flexllm_vllm.kernels.cross_entropy import TokenLosses
 from flexllm_vllm.kernels.rotary import apply_rotary_torch
 from flexllm_vllm.kernels.triton import adamw as gpu_adamw
-from flexllm_vllm.kernels.triton import capture, cross_entropy, rms_norm, rotary, swiglu
+from flexllm_vllm.kernels.triton import capture, cross_entropy, geglu, rms_norm, rotary, swiglu
 
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
@@ -39,6 +39,20 @@ def test_swiglu(dtype: torch.dtype, width: int) -> None:
     y.backward(dy.double())
     assert_near(swiglu.swiglu(x), y.detach(), dtype)
     gradient, product = swiglu.swiglu_backward(dy, x)
+    assert_near(gradient, leaf.grad, dtype)
+    assert_near(product, y.detach(), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [1, 29, 1500])
+def test_geglu(dtype: torch.dtype, width: int) -> None:
+    x, dy = 4 * torch.randn(3, 2 * width).to(dtype), torch.randn(3, width).to(dtype)
+    leaf = x.double().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    y = F.gelu(gate, approximate="tanh") * up
+    y.backward(dy.double())
+    assert_near(geglu.geglu(x), y.detach(), dtype)
+    gradient, product = geglu.geglu_backward(dy, x)
     assert_near(gradient, leaf.grad, dtype)
     assert_near(product, y.detach(), dtype)
 
