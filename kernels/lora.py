@@ -4,7 +4,6 @@ Layers that share their input (q, k and v; gate and up) are one merged linear in
 matrices ``A`` are kept concatenated, so that ``x A^T`` and ``dA`` are one GEMM for all of them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ class LoraGroup:
     Attributes:
         a: ``[num_targets * r, in_features]``.
         b: for each target ``[out_features, r]``.
-        columns: for each target its ``(start, end)`` in the merged output.
+        columns: for each target its ``(start, end)`` in the merged output, in order.
         scaling: factor of ``B A``.
     """
 
@@ -28,38 +27,37 @@ class LoraGroup:
 
     @property
     def r(self) -> int:
-        return self.b[0].shape[1]
+        return self.b[0].shape[1] if self.b else 0
+
+    def first_columns(self, width: int) -> "LoraGroup":
+        """The part that computes columns ``[0, width)`` of the merged output."""
+        columns = tuple((start, min(end, width)) for start, end in self.columns if start < width)
+        if columns == self.columns:
+            return self
+        pairs = zip(self.b, columns, strict=False)
+        b = tuple(matrix[: end - start] for matrix, (start, end) in pairs)
+        return LoraGroup(self.a[: len(b) * self.r], b, columns, self.scaling)
 
 
-def lora_add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    group: LoraGroup,
-    columns: Sequence[tuple[int, int]] | None = None,
-) -> torch.Tensor:
+def lora_add(y: torch.Tensor, x: torch.Tensor, group: LoraGroup) -> torch.Tensor:
     """Adds ``scaling * x A^T B^T`` to the merged output ``y``, in place.
 
     Args:
-        y: ``[num_tokens, out_features]``, the first columns of the merged output.
+        y: ``[num_tokens, out_features]``, the merged output, or the first columns of it that the
+            group covers.
         x: ``[num_tokens, in_features]``.
         group: matrices in float32 or the dtype of ``x``.
-        columns: of the targets to add, a subset of ``group.columns``; all by default.
 
     Returns:
         ``y``.
     """
     r = group.r
-    wanted = [i for i, c in enumerate(group.columns) if columns is None or c in columns]
-    if not wanted:
+    if not group.columns:
         return y
-    a = group.a
-    if len(wanted) < len(group.columns):
-        a = torch.cat([a[i * r : (i + 1) * r] for i in wanted])
-    u = x @ a.to(x.dtype).t()
-    for place, i in enumerate(wanted):
-        start, end = group.columns[i]
+    u = x @ group.a.to(x.dtype).t()
+    for i, (start, end) in enumerate(group.columns):
         b = group.b[i].to(x.dtype)
-        y[:, start:end].addmm_(u[:, place * r : (place + 1) * r], b.t(), alpha=group.scaling)
+        y[:, start:end].addmm_(u[:, i * r : (i + 1) * r], b.t(), alpha=group.scaling)
     return y
 
 

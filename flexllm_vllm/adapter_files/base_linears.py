@@ -46,11 +46,24 @@ class BaseLinears:
         return min(min(x.in_features, x.out_features) for x in self.linears.values())
 
 
-def llama_linears(config: Any) -> BaseLinears:
-    """Those of a ``transformers.LlamaConfig``."""
+def base_linears(config: Any) -> BaseLinears:
+    """Those of a model, by its configuration of ``transformers``.
+
+    Most are built as Llama is; Phi-3 has q, k and v in one linear, and gate and up.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    if config.model_type == "phi3":
+        return _by_name(
+            config,
+            {
+                "self_attn.qkv_proj": (hidden, q + 2 * kv),
+                "self_attn.o_proj": (q, hidden),
+                "mlp.gate_up_proj": (hidden, 2 * inner),
+                "mlp.down_proj": (inner, hidden),
+            },
+        )
     shapes = {
         "self_attn.q_proj": (hidden, q),
         "self_attn.k_proj": (hidden, kv),
@@ -60,5 +73,9 @@ def llama_linears(config: Any) -> BaseLinears:
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }
+    return _by_name(config, shapes)
+
+
+def _by_name(config: Any, shapes: dict[str, tuple[int, int]]) -> BaseLinears:
     linears = {path.split(".")[1]: LinearShape(path, *shape) for path, shape in shapes.items()}
     return BaseLinears(config.num_hidden_layers, linears)

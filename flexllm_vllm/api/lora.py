@@ -7,7 +7,7 @@ from typing import Any
 
 from flexllm_vllm.api.errors import ApiError, invalid
 from flexllm_vllm.api.requests import Lora
-from flexllm_vllm.jobs.types import TARGET_MODULES, LoraSpec
+from flexllm_vllm.jobs.types import ALL_TARGET_MODULES, LoraSpec
 
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform")
 
@@ -86,15 +86,17 @@ def _adapter_settings(name: str, path: Path, where: str) -> dict[str, Any]:
         message = f"The adapter '{name}' has no readable adapter_config.json on this server"
         raise invalid(message, where) from error
     modules = settings["target_modules"]
-    if not isinstance(modules, list) or not set(modules) <= set(TARGET_MODULES):
-        message = f"The adapter '{name}' has other target_modules than {', '.join(TARGET_MODULES)}"
+    if not isinstance(modules, list) or not set(modules) <= set(ALL_TARGET_MODULES):
+        message = (
+            f"The adapter '{name}' has other target_modules than {', '.join(ALL_TARGET_MODULES)}"
+        )
         raise invalid(message, where)
     for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(option):
             raise invalid(f"The adapter '{name}' uses {option}, which is not supported", where)
     if config.get("bias", "none") != "none":
         raise invalid(f"The adapter '{name}' trains biases, which is not supported", where)
-    settings["target_modules"] = [module for module in TARGET_MODULES if module in modules]
+    settings["target_modules"] = [module for module in ALL_TARGET_MODULES if module in modules]
     return settings
 
 

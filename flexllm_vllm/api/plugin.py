@@ -12,7 +12,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
 from vllm.renderers.chat_utils import load_chat_template
 
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.api import (
     adapter_routes,
     files,
@@ -99,6 +99,7 @@ class FinetuningEndpointPlugin:
         adapters = serve_adapters(served, store)
         trackers = TrackerAccess(config.report_to, config.wandb_key_file)
         model_length = vllm_config.model_config.max_model_len
+        linears = base_linears(vllm_config.model_config.hf_text_config)
         state.finetuning = FinetuningService(
             store=store,
             load_tokenizer=lambda: _tokenizer(engine_client, args),
@@ -107,7 +108,8 @@ class FinetuningEndpointPlugin:
             max_seq_length=_longest_sequence(model_length, config),
             fetch_iterations=_iterations_of(engine_client),
             find_adapter=_paths_of(adapters),
-            num_layers=vllm_config.model_config.hf_text_config.num_hidden_layers,
+            num_layers=linears.num_layers,
+            target_modules=tuple(linears.linears),
             limits=Limits.from_config(config),
             trackers=trackers,
         )
@@ -131,7 +133,7 @@ class FinetuningEndpointPlugin:
 def _adapter_service(
     engine_client: Any, store: JobStore, base_models: tuple[str, ...], config: FinetuningConfig
 ) -> AdapterService:
-    base = llama_linears(engine_client.vllm_config.model_config.hf_text_config)
+    base = base_linears(engine_client.vllm_config.model_config.hf_text_config)
 
     async def in_use() -> list[set[int]]:
         call = engine_client.engine_core.call_utility_all_async

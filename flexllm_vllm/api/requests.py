@@ -14,7 +14,7 @@ from pydantic import (
 from flexllm_vllm.api.integrations import Integration
 from flexllm_vllm.api.request_body import RequestBody
 from flexllm_vllm.jobs.names import check_suffix
-from flexllm_vllm.jobs.types import TARGET_MODULES
+from flexllm_vllm.jobs.types import ALL_TARGET_MODULES
 
 
 def _auto_int(value: Any) -> Any:
@@ -114,10 +114,10 @@ class Lora(RequestBody):
     def _known_modules(cls, value: list[str] | None) -> list[str] | None:
         if value is None:
             return None
-        unknown = [name for name in value if name not in TARGET_MODULES]
+        unknown = [name for name in value if name not in ALL_TARGET_MODULES]
         if unknown or not value:
             got = ", ".join(repr(name[:40]) for name in unknown) or "an empty list"
-            raise ValueError(f"expected some of {', '.join(TARGET_MODULES)}; got {got}")
+            raise ValueError(f"expected some of {', '.join(ALL_TARGET_MODULES)}; got {got}")
         return value
 
 

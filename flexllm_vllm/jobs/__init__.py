@@ -33,6 +33,7 @@ from flexllm_vllm.jobs.file_types import StoredFile, Upload, UploadPart, UploadS
 from flexllm_vllm.jobs.quotas import Quotas
 from flexllm_vllm.jobs.store import JobStore
 from flexllm_vllm.jobs.types import (
+    ALL_TARGET_MODULES,
     TARGET_MODULES,
     Checkpoint,
     FinetuningJob,
@@ -45,6 +46,7 @@ from flexllm_vllm.jobs.types import (
 from flexllm_vllm.jobs.webhook_types import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
+    "ALL_TARGET_MODULES",
     "TARGET_MODULES",
     "AdapterInUseError",
     "AdapterMerge",

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from flexllm_vllm.jobs.event_types import NewEvent
 from flexllm_vllm.jobs.tracker_types import TrackerSpec
 
-# The linear layers that an adapter may cover, in the order in which they are always listed.
+# The linear layers that an adapter may cover, in the order in which they are always listed. Of a
+# model of the Llama kind:
 TARGET_MODULES = (
     "q_proj",
     "k_proj",
@@ -18,6 +19,8 @@ TARGET_MODULES = (
     "up_proj",
     "down_proj",
 )
+# ... and of any model: Phi-3 has some of them in one.
+ALL_TARGET_MODULES = (*TARGET_MODULES, "qkv_proj", "gate_up_proj")
 
 
 # The tokenized examples in a job's folder.
@@ -48,9 +51,9 @@ class JobStatus(StrEnum):
 class LoraSpec:
     """The adapter to train, in the words of ``peft.LoraConfig``.
 
-    ``target_modules`` is a subset of :data:`TARGET_MODULES`, in its order; ``layers_to_transform``
-    are decoder layers, in order, None for all. ``init_from`` names a served adapter to continue
-    from.
+    ``target_modules`` is a subset of :data:`ALL_TARGET_MODULES`, in its order;
+    ``layers_to_transform`` are decoder layers, in order, None for all. ``init_from`` names a served
+    adapter to continue from.
     """
 
     r: int = 16
@@ -62,9 +65,9 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         wanted = set(self.target_modules)
-        if not wanted or not wanted <= set(TARGET_MODULES):
-            raise ValueError(f"target_modules must be some of {TARGET_MODULES}, got {wanted}")
-        canonical = tuple(name for name in TARGET_MODULES if name in wanted)
+        if not wanted or not wanted <= set(ALL_TARGET_MODULES):
+            raise ValueError(f"target_modules must be some of {ALL_TARGET_MODULES}, got {wanted}")
+        canonical = tuple(name for name in ALL_TARGET_MODULES if name in wanted)
         object.__setattr__(self, "target_modules", canonical)
         if self.layers_to_transform is not None:
             layers = tuple(sorted(set(self.layers_to_transform)))

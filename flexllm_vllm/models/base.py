@@ -12,13 +12,16 @@ from flexllm_vllm.kernels.lora import LoraGroup
 from flexllm_vllm.models.parallel import TensorParallel
 
 # PEFT's names of the linear layers, by the merged linear of vLLM that computes them. The order
-# within a group is the order of the merged output.
+# within a group is the order of the merged output. Of a model of the Llama kind:
 LORA_GROUPS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+
+# ... and of one whose linears are merged in its checkpoint already (Phi-3).
+MERGED_LORA_GROUPS: dict[str, tuple[str, ...]] = {name: (name,) for name in LORA_GROUPS}
 
 # How much of a layer's forward is kept for its backward; the rest is computed again.
 ActivationPolicy = Literal["store", "balanced", "minimal"]
@@ -111,6 +114,7 @@ class ModelBackward(Protocol):
         vocab_size: tokens of the loss head, over all ranks.
         dtype, device: of the weights and activations.
         parallel: the tensor-parallel group; heads and widths above are those of this rank.
+        lora_groups: PEFT's names of the linears, by the merged linear that computes them.
     """
 
     num_layers: int
@@ -121,9 +125,10 @@ class ModelBackward(Protocol):
     dtype: torch.dtype
     device: torch.device
     parallel: TensorParallel
+    lora_groups: dict[str, tuple[str, ...]]
 
     def linear_shapes(self) -> dict[str, LinearShape]:
-        """Shapes of the merged linears of a layer, whole, by their names in ``LORA_GROUPS``."""
+        """Shapes of the merged linears of a layer, whole, by their names in ``lora_groups``."""
 
     def module_path(self, layer: int, name: str) -> str:
         """Path of a linear (merged or PEFT's name) within the model."""

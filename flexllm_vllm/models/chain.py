@@ -170,4 +170,4 @@ class LayerChain:
 
     def _add_lora(self, y: torch.Tensor, x: torch.Tensor, name: str) -> None:
         if (group := self._adapter.group(self._layer, name)) is not None:
-            lora_add(y, x, group, [c for c in group.columns if c[1] <= y.shape[1]])
+            lora_add(y, x, group.first_columns(y.shape[1]))

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.models.base import LORA_GROUPS, MERGED_LORA_GROUPS, LinearShape
 from flexllm_vllm.models.gated import gated_activation
 from flexllm_vllm.models.norm import FrozenNorm
 from flexllm_vllm.models.parallel import TensorParallel
-from flexllm_vllm.models.rotary import Rotary
+from flexllm_vllm.models.rotary import LONG_ROPE, Rotary, cos_sin
 from flexllm_vllm.models.weights import FrozenWeights, unwrapped
 
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -30,6 +30,7 @@ class Decoder:
         layers: the decoder layers.
         norm: the final norm.
         lm_head: the loss head's linear.
+        lora_groups: PEFT's names of the linears, by the merged linear that computes them.
         parallel: the tensor-parallel group; all numbers of heads and widths here, but for
             ``hidden_size``, are those of this rank.
         q_size, kv_size: widths of query and of key (or value) in the merged projection.
@@ -52,6 +53,11 @@ class Decoder:
         # Gemma 2 has the embedding alone.
         self.lm_head = unwrapped(getattr(model, "lm_head", model.model.embed_tokens))
         self.vocab_size: int = model.config.vocab_size
+        packed = getattr(model, "packed_modules_mapping", {})
+        is_merged = packed.get("qkv_proj") == ["qkv_proj"]
+        self.lora_groups: dict[str, tuple[str, ...]] = (
+            MERGED_LORA_GROUPS if is_merged else LORA_GROUPS
+        )
         self.parallel = TensorParallel.of_this_worker()
         processor = unwrapped(model.logits_processor)
         self.logit_scale = float(getattr(processor, "scale", 1.0))
@@ -102,6 +108,8 @@ class Decoder:
                 f"finetuning needs a --tensor-parallel-size that divides the {num_kv_heads} KV "
                 f"heads of the model, and {size} does not: vLLM would keep one on several ranks"
             )
+        if size > 1 and self.lora_groups is MERGED_LORA_GROUPS:
+            raise ValueError("finetuning over several ranks needs separate q, k and v projections")
         if any(getattr(x, "do_llama_4_scaling", False) for x in attentions):
             raise ValueError("finetuning does not support queries scaled by their position yet")
         if any(getattr(x, "sinks", None) is not None for x in attentions):
@@ -109,7 +117,7 @@ class Decoder:
         if not all(getattr(x, "use_rope", True) for x in attentions):
             raise ValueError("finetuning does not support layers without a rotary embedding yet")
         for rotary in self._rotaries:
-            if not hasattr(rotary, "cos_sin_cache"):
+            if not any(hasattr(rotary, name) for name in ("cos_sin_cache", LONG_ROPE)):
                 raise ValueError(
                     f"finetuning does not support the rotary embedding {type(rotary).__name__}"
                 )
@@ -118,10 +126,14 @@ class Decoder:
         """Shapes of the merged linears of a layer, whole."""
         hidden, size = self.hidden_size, self.parallel.size
         q, kv, inner = self.q_size * size, self.kv_size * size, self.intermediate_size * size
+        qkv: tuple[int, ...] = (q, kv, kv)
+        gate_up: tuple[int, ...] = (inner, inner)
+        if self.lora_groups is MERGED_LORA_GROUPS:
+            qkv, gate_up = (sum(qkv),), (sum(gate_up),)
         return {
-            "qkv_proj": LinearShape(hidden, (q, kv, kv), "output"),
+            "qkv_proj": LinearShape(hidden, qkv, "output"),
             "o_proj": LinearShape(q, (hidden,), "input"),
-            "gate_up_proj": LinearShape(hidden, (inner, inner), "output"),
+            "gate_up_proj": LinearShape(hidden, gate_up, "output"),
             "down_proj": LinearShape(inner, (hidden,), "input"),
         }
 
@@ -168,16 +180,16 @@ class Decoder:
     def rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
         """Cosines and sines ``[num_rows, num_tables * rotary_dim]`` float32 at these positions, of
         each distinct rotary embedding of the model."""
-        tables = [r.cos_sin_cache.index_select(0, positions).float() for r in self._rotaries]
+        tables = [cos_sin(rotary, positions) for rotary in self._rotaries]
         return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
 
     def rotary_of(self, layer: int, table: torch.Tensor) -> Rotary:
         """A layer's rotary embedding at the positions of a :meth:`rotary_table`."""
         module, first = self.layers[layer].self_attn.rotary_emb, 0
         for rotary in self._rotaries:
-            width = rotary.cos_sin_cache.shape[1]
+            width = rotary.rotary_dim
             if rotary is module:
                 own = table[:, first : first + width].contiguous()
-                return Rotary(own, bool(rotary.is_neox_style))
+                return Rotary(own, getattr(rotary, "is_neox_style", True))
             first += width
         raise AssertionError("every layer's embedding is among the model's")

@@ -70,6 +70,7 @@ class LlamaBackward:
         self.dtype = decoder.dtype
         self.device = decoder.device
         self.parallel = decoder.parallel
+        self.lora_groups = decoder.lora_groups
         self.linear_shapes = decoder.linear_shapes
         self.module_path = decoder.module_path
         self.kv_cache = decoder.kv_cache

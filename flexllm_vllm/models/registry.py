@@ -13,6 +13,7 @@ _FAMILIES: dict[str, Callable[[Any, int], ModelBackward]] = {
     "MistralForCausalLM": LlamaBackward,
     "Qwen2ForCausalLM": LlamaBackward,
     "Qwen3ForCausalLM": LlamaBackward,
+    "Phi3ForCausalLM": LlamaBackward,
     "GraniteForCausalLM": LlamaBackward,
     "Gemma2ForCausalLM": LlamaBackward,
     "Gemma3ForCausalLM": LlamaBackward,

@@ -1,10 +1,26 @@
 """The rotary embedding of a layer, at the positions of some rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flexllm_vllm.kernels.rotary import apply_rotary
+
+# Of ``Phi3LongRoPEScaledRotaryEmbedding``, which pairs halves: the table for short contexts, then
+# that for long ones. They are scaled as well; the transpose of a scaled rotation is the scaled
+# inverse.
+LONG_ROPE = "long_short_cos_sin_cache"
+
+
+def cos_sin(module: Any, positions: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines ``[num_rows, rotary_dim]`` float32 of vLLM's module at these positions."""
+    table = getattr(module, LONG_ROPE, None)
+    if table is None:
+        table = module.cos_sin_cache
+    elif module.use_long_rope:
+        positions = positions + module.original_max_position_embeddings
+    return table.index_select(0, positions).float()
 
 
 @dataclass(frozen=True)

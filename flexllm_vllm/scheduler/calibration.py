@@ -15,7 +15,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from flexllm_vllm.data.dataset import DatasetBuilder
-from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
+from flexllm_vllm.jobs.types import (
+    ALL_TARGET_MODULES,
+    FinetuningJob,
+    JobStatus,
+    LoraSpec,
+    TrainingSpec,
+)
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.latency_model import IterationWork
@@ -144,9 +150,11 @@ class Calibration:
         training = TrainingSpec(
             batch_size=BATCH, max_seq_length=length, seed=0, n_epochs=10_000, learning_rate=1e-6
         )
+        # Those that the model has.
+        lora = LoraSpec(r=min(16, config.max_lora_rank), target_modules=ALL_TARGET_MODULES)
         job = FinetuningJob(
             id=JOB_ID, model=JOB_ID, status=JobStatus.RUNNING, training_file=JOB_ID, suffix=None,
-            lora=LoraSpec(r=min(16, config.max_lora_rank)), training=training, hyperparameters={},
+            lora=lora, training=training, hyperparameters={},
             created_at=0, started_at=0, finished_at=None, trained_tokens=0, step=0, total_steps=0,
             adapter_name=JOB_ID, fine_tuned_model=None, adapter_int_id=LORA_INT_ID,
             init_adapter_path=None, folder=Path(JOB_ID), error=None, cancel_requested=False,

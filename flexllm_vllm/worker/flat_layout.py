@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from flexllm_vllm.kernels.lora import LoraGroup
-from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward
+from flexllm_vllm.models.base import ModelBackward
 from flexllm_vllm.plan import TrainAdapter
 
 LinearKey = tuple[int, str]
@@ -102,7 +102,9 @@ class FlatLayout:
     def _linear(self, name: str) -> _Linear:
         shape, r, size = self._model.linear_shapes()[name], self._spec.r, self._parallel.size
         by_output = shape.sharded == "output"
-        targets = [i for i, t in enumerate(LORA_GROUPS[name]) if t in self._spec.target_modules]
+        targets = [
+            i for i, t in enumerate(self._model.lora_groups[name]) if t in self._spec.target_modules
+        ]
         rows = len(targets) * r
         in_features = shape.in_features if by_output else shape.in_features // size
         widths = [width // size if by_output else width for width in shape.out_features]
@@ -143,7 +145,7 @@ class FlatLayout:
         for (layer, name), linear in self._linears.items():
             a = linear.a.of_whole(whole)
             for i, (index, b) in enumerate(zip(linear.targets, linear.b, strict=True)):
-                path = self._model.module_path(layer, LORA_GROUPS[name][index])
+                path = self._model.module_path(layer, self._model.lora_groups[name][index])
                 found[path] = (a[i * r : (i + 1) * r], b.of_whole(whole))
         return found
 

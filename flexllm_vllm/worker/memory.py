@@ -2,7 +2,7 @@
 
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.kernels.cross_entropy import CHUNK
-from flexllm_vllm.models.base import LORA_GROUPS, ModelBackward
+from flexllm_vllm.models.base import ModelBackward
 from flexllm_vllm.plan import TrainAdapter
 from flexllm_vllm.worker.flat_layout import FlatLayout
 
@@ -28,7 +28,7 @@ def training_bytes(model: ModelBackward, config: FinetuningConfig, num_tokens: i
         config: with its limits.
         num_tokens: that the activation cache holds.
     """
-    layout = FlatLayout(_largest_adapter(config), model)
+    layout = FlatLayout(_largest_adapter(model, config), model)
     # Over several ranks a checkpoint's parts are gathered one after the other.
     whole = layout.whole_size
     snapshot = SNAPSHOT_BUFFERS * whole if model.parallel.size == 1 else 2 * whole
@@ -41,8 +41,8 @@ def training_bytes(model: ModelBackward, config: FinetuningConfig, num_tokens: i
     return ITEM_BYTES * (adapters + packs + window + logits)
 
 
-def _largest_adapter(config: FinetuningConfig) -> TrainAdapter:
-    targets = tuple(target for group in LORA_GROUPS.values() for target in group)
+def _largest_adapter(model: ModelBackward, config: FinetuningConfig) -> TrainAdapter:
+    targets = tuple(target for group in model.lora_groups.values() for target in group)
     return TrainAdapter(
         job_id="", lora_int_id=0, r=config.max_lora_rank, lora_alpha=1.0, use_rslora=False,
         target_modules=targets, seed=0, init_path=None, betas=(0.9, 0.999), eps=1e-8,

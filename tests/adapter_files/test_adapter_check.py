@@ -10,15 +10,15 @@ import pytest
 import torch
 from peft_adapters import TINY_LLAMA, logits, save_random_adapter
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.adapter_files.check import check_adapter, name_targets
 from flexllm_vllm.adapter_files.config import read_config
 from flexllm_vllm.adapter_files.errors import AdapterFileError
 from flexllm_vllm.adapter_files.safetensors_header import read_header
 
-BASE = llama_linears(TINY_LLAMA)
+BASE = base_linears(TINY_LLAMA)
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Change = Callable[[dict[str, Any]], object]
 
@@ -39,14 +39,20 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def test_the_shapes_are_those_of_the_model() -> None:
-    model = LlamaForCausalLM(TINY_LLAMA)
-    for layer in range(TINY_LLAMA.num_hidden_layers):
-        for linear in BASE.linears.values():
-            module = model.get_submodule(f"model.layers.{layer}.{linear.path}")
-            assert tuple(module.weight.shape) == (linear.out_features, linear.in_features)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "granite", "gemma2", "gemma3_text"])
+def test_the_shapes_are_those_of_the_model(family: str) -> None:
+    values = {
+        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **values)
+    model, base = AutoModelForCausalLM.from_config(config), base_linears(config)
+    for path in base.paths():
+        linear = base.linears[path.rsplit(".", 1)[1]]
+        module = model.get_submodule(path)
+        assert tuple(module.weight.shape) == (linear.out_features, linear.in_features)
     linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(linears) == BASE.num_layers * len(BASE.linears)
+    assert len(linears) == base.num_layers * len(base.linears)
 
 
 @pytest.mark.parametrize("options", [

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from peft_adapters import TINY_LLAMA, save_random_adapter
 
 from flexllm_vllm.adapter_files.archive import extract_adapter
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.adapter_files.check import check_adapter, name_targets
 from flexllm_vllm.adapter_files.errors import AdapterFileError
 
-BASE = llama_linears(TINY_LLAMA)
+BASE = base_linears(TINY_LLAMA)
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 Edits = list[tuple[int, bytes]]

@@ -11,12 +11,12 @@ from peft_adapters import TARGETS, TINY_LLAMA, logits, save_random_adapter, tiny
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.adapter_files.check import check_adapter
 from flexllm_vllm.adapter_files.merge_job import MergeJob
 from flexllm_vllm.adapter_files.merging import merge
 
-BASE = llama_linears(TINY_LLAMA)
+BASE = base_linears(TINY_LLAMA)
 Deltas = dict[str, torch.Tensor]
 
 

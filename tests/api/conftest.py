@@ -23,7 +23,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.api.adapter_removal import AdapterRemover
 from flexllm_vllm.api.adapter_service import AdapterService
 from flexllm_vllm.api.adapters import serve_adapters
@@ -71,7 +71,7 @@ class Server:
 
 def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterService:
     """As the plugin builds it, with vLLM's own registry and routes of models; impatient."""
-    base = llama_linears(TINY_LLAMA)
+    base = base_linears(TINY_LLAMA)
     models = OpenAIServingModels(
         cast("Any", engine),
         [BaseModelPath(name=name, model_path="path/to/demo") for name in ("demo", "alias")],

@@ -15,7 +15,7 @@ from peft_adapters import TINY_LLAMA, archive_of, save_random_adapter
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 from vllm_application import vllm_application
 
-from flexllm_vllm.adapter_files.base_linears import llama_linears
+from flexllm_vllm.adapter_files.base_linears import base_linears
 from flexllm_vllm.api.keys import KeyFile
 from flexllm_vllm.jobs import JobStore
 
@@ -377,7 +377,7 @@ def test_two_api_processes_read_the_same_file(
 
 def test_the_quota_of_adapters(served: tuple[FastAPI, str], tmp_path: Path) -> None:
     app, url = served
-    app.state.finetuning_adapters.base = llama_linears(TINY_LLAMA)
+    app.state.finetuning_adapters.base = base_linears(TINY_LLAMA)
     archive = archive_of(save_random_adapter(tmp_path / "adapter", target_modules=["q_proj"]))
 
     def bring(key: str, idempotency_key: str | None = None) -> httpx.Response:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,22 @@ def test_a_job_has_openais_form(client: openai.OpenAI, upload: Upload) -> None:
         "learning_rate_multiplier": "auto",
     }
     assert client.fine_tuning.jobs.retrieve(job.id) == job
+
+
+def test_targets_are_those_that_the_model_has(
+    server: Any, client: openai.OpenAI, upload: Upload
+) -> None:
+    file_id = upload()
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, file_id, method=supervised({"target_modules": ["qkv_proj"]}))
+    assert "qkv_proj cannot be trained on this server" in caught.value.message
+    assert caught.value.param == f"{LORA}.target_modules"
+    of_phi = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    server.app.state.finetuning = dataclasses.replace(server.service, target_modules=of_phi)
+    job = server.store.get_job(create(client, file_id).id)
+    assert set(job.lora.target_modules) == set(of_phi)
+    with pytest.raises(openai.BadRequestError, match="q_proj cannot be trained on this server"):
+        create(client, file_id, method=supervised({"target_modules": ["q_proj", "o_proj"]}))
 
 
 def test_a_job_has_its_data_and_settings(

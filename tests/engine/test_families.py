@@ -5,18 +5,24 @@ from models import random_adapter, random_examples, random_model
 from test_gradients import MODELS, Engine, assert_equal, check_any, reference_gradients
 
 
-@pytest.fixture(scope="module", params=["granite-gqa-tied", "gemma2-gqa-tied", "gemma3-mqa-tied"])
+@pytest.fixture(
+    scope="module",
+    params=["phi3-gqa-untied", "granite-gqa-tied", "gemma2-gqa-tied", "gemma3-mqa-tied"],
+)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(request.param)
     model = random_model(folder / "model", **MODELS[request.param])
-    engine = Engine(model, folder, activation_policy="store", activation_cache_tokens=512)
+    options = {"activation_policy": "store", "activation_cache_tokens": 512}
+    if request.param.startswith("phi3"):
+        options["targets"] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    engine = Engine(model, folder, **options)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("policy", ["store", "balanced", "minimal"])
 def test_gradients_equal_peft_autograd(engine: Engine, policy: str) -> None:
-    init = random_adapter(engine.model, engine.folder / f"all-{policy}")
+    init = random_adapter(engine.model, engine.folder / f"all-{policy}", targets=engine.targets)
     examples = random_examples([150, 9, 70])
     expected = reference_gradients(engine, init, examples)
     engine.keep(policy)

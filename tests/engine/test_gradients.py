@@ -39,6 +39,16 @@ MODELS = {
     "mistral-gqa-tied": {
         "family": "mistral", "heads": 6, "kv_heads": 2, "head_dim": 32, "inner": 320, "tied": True,
     },
+    # One linear for q, k and v, one for gate and up; half of a head turned, by LongRoPE's table.
+    "phi3-gqa-untied": {
+        "family": "phi3", "heads": 6, "kv_heads": 2, "head_dim": 32, "inner": 320, "tied": False,
+        "partial_rotary_factor": 0.5, "original_max_position_embeddings": 4,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5,
+            "short_factor": [1.0] * 8, "long_factor": [1.0 + i / 4 for i in range(8)],
+            "original_max_position_embeddings": 4,
+        },
+    },
     # What is added to the residual stream is scaled, and so are scores and logits.
     "granite-gqa-tied": {
         "family": "granite", "heads": 6, "kv_heads": 2, "head_dim": 32, "inner": 320, "tied": True,
@@ -66,10 +76,15 @@ MODELS = {
 
 
 class Engine:
-    """An engine with a store, for one model."""
+    """An engine with a store, for one model.
+
+    Attributes:
+        targets: the linears that an adapter on all of them covers.
+    """
 
     def __init__(self, model: Path, folder: Path, dtype: str = "float32", **options: Any) -> None:
         self.model = model
+        self.targets = options.pop("targets", ALL_TARGETS)
         self.folder = folder
         self.store = JobStore(folder / "store")
         flags = {
@@ -117,7 +132,7 @@ class Engine:
     ) -> dict[str, torch.Tensor]:
         """Gradients of one batch of the examples, in windows of a size or of the scheduler's."""
         metadata = {"window": str(window)} if window else None
-        lora = LoraSpec(r=8, lora_alpha=16)
+        lora = LoraSpec(r=8, lora_alpha=16, target_modules=self.targets)
         self.train(
             examples, lora, init, metadata, batch_size=len(examples), n_epochs=1, max_grad_norm=0.0
         )
@@ -183,7 +198,7 @@ def check_any(engine: Engine, num_cases: int) -> None:
     than one, all at once."""
     rng = random.Random(engine.model.parent.name)
     for case in range(num_cases):
-        targets = tuple(rng.sample(ALL_TARGETS, rng.randint(1, len(ALL_TARGETS))))
+        targets = tuple(rng.sample(engine.targets, rng.randint(1, len(engine.targets))))
         layers = sorted(rng.sample(range(3), rng.randint(1, 3)))
         policy = ("store", "balanced", "minimal")[case % 3]
         examples = random_examples([rng.randint(5, 200) for _ in range(rng.randint(1, 7))], case)

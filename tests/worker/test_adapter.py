@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexllm_vllm import checkpoints
-from flexllm_vllm.models.base import LinearShape
+from flexllm_vllm.models.base import LORA_GROUPS, LinearShape
 from flexllm_vllm.models.parallel import TensorParallel
 from flexllm_vllm.plan import SaveAdapter, TrainAdapter
 from flexllm_vllm.worker.adapter import TrainableAdapter
@@ -25,6 +25,7 @@ class Shapes:
 
     num_layers = LAYERS
     device = torch.device("cpu")
+    lora_groups = LORA_GROUPS
 
     def __init__(self, parallel: TensorParallel) -> None:
         self.parallel = parallel

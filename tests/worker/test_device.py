@@ -76,7 +76,7 @@ def model(family: str) -> Any:
 
     act_fn = GeluAndMul(approximate="tanh") if family == "gemma3" else SiluAndMul()
     q, kv = HEADS * HEAD, KV_HEADS * HEAD
-    rotary = Module(cos_sin_cache=empty(128, HEAD), is_neox_style=True)
+    rotary = Module(cos_sin_cache=empty(128, HEAD), is_neox_style=True, rotary_dim=HEAD)
     layers = []
     for _ in range(LAYERS):
         norms = {"q_norm": norm(HEAD), "k_norm": norm(HEAD)} if family != "llama" else {}
