@@ -136,8 +136,8 @@ def finetuning_options(folder: Path, **flags: Any) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` that ``--enable-finetuning`` amounts to."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from flexllm_vllm.cli import apply_to_engine_args
     from flexllm_vllm.config import FinetuningConfig
+    from flexllm_vllm.engine_args import apply_to_engine_args
 
     args = EngineArgs(model="unused")
     apply_to_engine_args(args, FinetuningConfig(dir=folder, **flags))

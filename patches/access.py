@@ -27,7 +27,7 @@ def apply() -> None:
     def init_with_access(args: Any, app: Any, supported_tasks: tuple[str, ...]) -> None:
         init(args, app, supported_tasks)
         from flexllm_vllm.api.access import install_access
-        from flexllm_vllm.cli import config_from_args
+        from flexllm_vllm.flags import config_from_args
 
         config = config_from_args(args)
         if config is not None:

@@ -11,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from flexllm_vllm import cli
+from flexllm_vllm import engine_args as finetuning_args
 from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.release import check_vllm_release
 from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
@@ -46,8 +47,8 @@ def test_the_flags_have_a_group_of_their_own(parser: FlexibleArgumentParser) -> 
 
 def test_one_flag_is_enough(parser: FlexibleArgumentParser) -> None:
     args = engine_args(parser, "--enable-finetuning")
-    assert args.scheduler_cls == cli.SCHEDULER
-    assert args.worker_cls == cli.WORKERS["cpu"]
+    assert args.scheduler_cls == finetuning_args.SCHEDULER
+    assert args.worker_cls == finetuning_args.WORKERS["cpu"]
     assert args.enable_lora
     assert args.max_lora_rank == FinetuningConfig().max_lora_rank
     assert args.shutdown_timeout > 0
@@ -175,14 +176,14 @@ def test_a_finetuning_flag_alone_is_refused(parser: FlexibleArgumentParser) -> N
 def test_other_platforms_are_refused() -> None:
     args = AsyncEngineArgs(model="m")
     with pytest.raises(ValueError, match="rocm"):
-        cli.check_combination(args, Namespace(), "rocm")
+        finetuning_args.check_combination(args, Namespace(), "rocm")
 
 
-@pytest.mark.parametrize("device", list(cli.WORKERS))
+@pytest.mark.parametrize("device", list(finetuning_args.WORKERS))
 def test_each_platform_has_its_worker(device: str) -> None:
     args = AsyncEngineArgs(model="m")
-    cli.check_combination(args, Namespace(), device)
-    cli.apply_to_engine_args(args, FinetuningConfig(), device)
+    finetuning_args.check_combination(args, Namespace(), device)
+    finetuning_args.apply_to_engine_args(args, FinetuningConfig(), device)
     worker = resolve_obj_by_qualname(args.worker_cls)
     assert issubclass(worker, FinetuningWorkerMixin)
     assert args.async_scheduling is None  # as vLLM chooses

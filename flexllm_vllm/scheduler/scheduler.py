@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 
 engine_core.apply()
 
-# Within the time that the engine has to end (SHUTDOWN_TIMEOUT in cli.py).
+# Within the time that the engine has to end (SHUTDOWN_TIMEOUT in engine_args.py).
 SAVE_TIMEOUT_S = 8.0
 
 ONE_REQUEST = IterationWork(decode_rows=1.0)

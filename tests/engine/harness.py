@@ -28,7 +28,7 @@ def engine_options(folder: Path, **flags: Any) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    from flexllm_vllm.cli import apply_to_engine_args
+    from flexllm_vllm.engine_args import apply_to_engine_args
 
     args = EngineArgs(model="unused")
     config = FinetuningConfig(dir=folder, **flags)
