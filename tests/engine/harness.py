@@ -144,11 +144,11 @@ def on_worker_break_capture(worker: Any) -> None:
     cache = worker._trainer._cache
     working = cache.write
 
-    def broken(layout: Any, pages: Any, key: tuple[int, str], *args: Any) -> None:
+    def broken(kept: Any, key: tuple[int, str], *args: Any) -> None:
         if key[0] == 1:
             cache.write = working
             raise RuntimeError("injected")
-        working(layout, pages, key, *args)
+        working(kept, key, *args)
 
     cache.write = broken
 
