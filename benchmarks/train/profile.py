@@ -4,25 +4,28 @@ Plain timers around the package's own operations: torch's profiler adds a third 
 it to operations it does not know.
 """
 
+import importlib
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-# Operations of flexllm_vllm.models.llama, by the name that the report gives them.
+PACKAGE = "flexllm_vllm"
+
+# Operations: the module of flexllm_vllm.models that calls them, and what the report calls them.
 BACKWARD = {
-    "input_gradient": "backward: dX = dY W",
-    "lora_backward": "backward: LoRA gradients",
-    "attention_backward": "backward: attention",
-    "swiglu_backward": "backward: SwiGLU",
-    "rms_norm_backward": "backward: norms",
-    "linear_cross_entropy": "loss head, forward and backward",
-    "linear": "recomputed: query projection",
-    "attention_forward": "recomputed: attention",
-    "lora_add": "recomputed: LoRA",
-    "rms_norm": "recomputed: norms",
-    "apply_rotary": "rotary",
+    ("llama", "input_gradient"): "backward: dX = dY W",
+    ("llama", "lora_backward"): "backward: LoRA gradients",
+    ("llama", "attention_backward"): "backward: attention",
+    ("llama", "linear_cross_entropy"): "loss head, forward and backward",
+    ("norm", "rms_norm_backward"): "backward: norms",
+    ("norm", "rms_norm"): "recomputed: norms",
+    ("chain", "linear"): "recomputed: query projection",
+    ("chain", "attention_forward"): "recomputed: attention",
+    ("chain", "lora_add"): "recomputed: LoRA",
+    ("rotary", "apply_rotary"): "rotary",
 }
 
 
@@ -30,7 +33,6 @@ def on_worker_start_profile(worker: Any) -> None:
     """Times every operation from now on."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    import flexllm_vllm.models.llama as llama
     from flexllm_vllm.models.weights import FrozenWeights
     from flexllm_vllm.worker.activation_cache import ActivationCache
     from flexllm_vllm.worker.lora_slots import TrainingSlots
@@ -58,8 +60,12 @@ def on_worker_start_profile(worker: Any) -> None:
         return 4.0 * x.numel() * weight.shape[0]
 
     flop = {"input_gradient": product, "linear": product, "linear_cross_entropy": head}
-    for name, label in BACKWARD.items():
-        timed(llama, name, label, flop.get(name))
+    for (module, name), label in BACKWARD.items():
+        timed(importlib.import_module(f"{PACKAGE}.models.{module}"), name, label, flop.get(name))
+    decoder = worker._trainer.model._decoder
+    activation = SimpleNamespace(**vars(decoder.activation))
+    timed(activation, "backward", "backward: activation")
+    decoder.activation = activation
     timed(FrozenWeights, "project", "recomputed: gate/up projection",
           lambda _, layer, name, x, y: 2.0 * x.numel() * y.shape[-1])  # fmt: skip
     timed(ActivationCache, "read", "activation cache: read")
