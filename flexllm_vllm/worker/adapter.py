@@ -13,6 +13,7 @@ from flexllm_vllm.kernels.lora import LoraGroup
 from flexllm_vllm.models.base import ModelBackward, TrainedLinears
 from flexllm_vllm.plan import TrainAdapter
 from flexllm_vllm.worker.flat_layout import FlatLayout, Matrices
+from flexllm_vllm.worker.transfer import DeviceWork
 
 PEFT_PREFIX = "base_model.model."
 
@@ -25,11 +26,13 @@ class AdapterSnapshot:
         spec: of the adapter.
         matrices: as of :meth:`TrainableAdapter.matrices`.
         optimizer: AdamW's state, empty before the first step.
+        copied: the copies that it is made of.
     """
 
     spec: TrainAdapter
     matrices: Matrices
     optimizer: dict[str, torch.Tensor]
+    copied: DeviceWork
 
 
 class TrainableAdapter:
@@ -189,7 +192,8 @@ class TrainableAdapter:
                 "step": torch.tensor(float(self._num_steps)),
             }
         whole = copy(gather(self._weights))
-        return AdapterSnapshot(self.spec, self._layout.matrices(whole), optimizer)
+        copied = DeviceWork(self._weights.device)
+        return AdapterSnapshot(self.spec, self._layout.matrices(whole), optimizer, copied)
 
     def _load_optimizer(self, folder: Path) -> None:
         """Takes the moments of a checkpoint; one from before the first step has none.

@@ -29,6 +29,7 @@ def save_adapter(
     # peft takes a second to import, and only a process that saves needs it.
     from peft import LoraConfig
 
+    snapshot.copied.wait()
     spec = snapshot.spec
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

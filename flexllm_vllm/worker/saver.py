@@ -53,7 +53,8 @@ class AdapterSaver:
     def save(
         self, order: SaveAdapter, adapter: TrainableAdapter, snapshot: AdapterSnapshot | None = None
     ) -> None:
-        """Takes an order. The adapter must not change before :meth:`wait_until_copied`.
+        """Takes an order. The adapter must not change before :meth:`wait_until_copied`, which does
+        not wait where the snapshot is there.
 
         Args:
             order: what is to be written, and where.
@@ -64,6 +65,8 @@ class AdapterSaver:
             self._thread = threading.Thread(target=self._run, name="adapter-saver", daemon=True)
             self._thread.start()
         save = _Save(order, adapter, snapshot, threading.Event())
+        if snapshot is not None:
+            save.copied.set()
         self._open.append(save)
         self._orders.put(save)
 

@@ -13,6 +13,24 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+class DeviceWork:
+    """What this thread has given a device to do until now.
+
+    A thread has a stream of its own: what one has computed another may read when it is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> None:
+        """Blocks until it is done."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
 class HostCopy:
     """Numbers of the device's, on their way to the host.
 
@@ -22,16 +40,13 @@ class HostCopy:
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values
-        self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._copied = DeviceWork(values.device)
 
     def wait(self) -> list[float]:
         """The numbers; waits until they are there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._copied.wait()
         found: list[float] = self._values.tolist()
         return found

@@ -1,6 +1,7 @@
 """The adapter in training, against torch's own clipping and AdamW, and PEFT's own loader."""
 
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,19 @@ def test_a_disk_that_is_full_leaves_nothing(
     assert "No space left" in str(result.error)
     assert list(tmp_path.iterdir()) == []
     assert not saver.is_busy
+
+
+def test_an_adapter_whose_snapshot_is_there_does_not_wait_for_a_slow_disk(tmp_path: Path) -> None:
+    disk = threading.Event()
+    saver = AdapterSaver(write=lambda *_: disk.wait(30))
+    adapter = make()
+    for number in range(2):
+        order = SaveAdapter("job", str(tmp_path / str(number)), "base")
+        saver.save(order, adapter, adapter.snapshot())
+    waiting = threading.Thread(target=saver.wait_until_copied, args=(adapter,))
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    disk.set()
+    assert saver.wait_for_all(30)
+    assert [result.error for result in saver.take_results()] == [None, None]
