@@ -4,13 +4,23 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import random_model
 from prompts import SUBJECTS
 from safetensors.torch import load_file
-from server import Server, start_job, steps, steps_within, train_file, wait_for, wait_for_step
+from server import (
+    Server,
+    start_job,
+    steps,
+    steps_within,
+    train_file,
+    wait_for,
+    wait_for_status,
+    wait_for_step,
+)
 
 from flexllm_vllm.checkpoints import resumable_steps
 
@@ -77,32 +87,52 @@ def test_a_killed_server_comes_back_with_its_jobs_files_and_adapters(
 
 def test_two_servers_on_one_folder_share_its_jobs(model: Path, tmp_path: Path) -> None:
     """Each job is run by one of them; when that one is killed, by the other."""
-    first = serve(model, tmp_path)
+    first = serve(model, tmp_path, "--finetuning-checkpoint-interval-s", "0.3")
     try:
-        second = serve(model, tmp_path)
+        second = serve(model, tmp_path, "--finetuning-checkpoint-interval-s", "0.3")
         try:
             client = first.client()
             many = train_file(client, LINES * 10)
-            # Alone a job lasts so long that it is still running when it is looked at.
-            num_steps = steps_within(client, many, 10.0, batch_size=2)
-            jobs = [start_job(client, many, max_steps=num_steps, batch_size=2).id for _ in range(2)]
+            # Too long to end, however fast the machine.
+            endless = {"max_steps": 10_000, "batch_size": 2}
+            jobs = {start_job(client, many, **endless).id for _ in range(2)}
             client = second.client()
             for job_id in jobs:  # a server runs one job at a time
                 wait_for_step(client, job_id, 2)
-            assert {client.fine_tuning.jobs.retrieve(i).status for i in jobs} == {"running"}
+            status = {i: client.fine_tuning.jobs.retrieve(i).status for i in jobs}
+            assert set(status.values()) == {"running"}
             first.kill()
-            for job_id in jobs:
-                job = wait_for(client, job_id)
-                assert job.status == "succeeded", job.error
-                assert [step for step, _ in steps(client, job_id)] == list(range(1, num_steps + 1))
-                answer = client.completions.create(
-                    model=job.fine_tuned_model, prompt=SUBJECTS[0], max_tokens=2
-                )
-                assert answer.choices[0].text
+            orphan = queued_one(client, jobs)
+            (other,) = jobs - {orphan}
+            client.fine_tuning.jobs.cancel(other)
+            wait_for_status(client, orphan, "running")
+            last = steps(client, orphan)[-1][0]
+            wait_for_step(client, orphan, last + 3)
+            done = [step for step, _ in steps(client, orphan)]
+            assert done == list(range(1, len(done) + 1))
+            client.fine_tuning.jobs.cancel(orphan)
+            assert {wait_for(client, i).status for i in jobs} == {"cancelled"}
+            short = wait_for(client, start_job(client, many, max_steps=3, batch_size=2).id)
+            assert short.status == "succeeded", short.error
+            answer = client.completions.create(
+                model=short.fine_tuned_model, prompt=SUBJECTS[0], max_tokens=2
+            )
+            assert answer.choices[0].text
         finally:
             second.kill()
     finally:
         first.kill()
+
+
+def queued_one(client: Any, jobs: set[str], timeout: float = 60) -> str:
+    """The job that waits, once one does."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for job_id in jobs:
+            if client.fine_tuning.jobs.retrieve(job_id).status == "queued":
+                return job_id
+        time.sleep(0.1)
+    raise TimeoutError(jobs)
 
 
 def wait_for_resumption(client, job_id: str):
