@@ -32,7 +32,6 @@ from flexllm_vllm.models.base import (
 )
 from flexllm_vllm.models.chain import LayerChain
 from flexllm_vllm.models.decoder import Decoder
-from flexllm_vllm.models.norm import FrozenNorm
 from flexllm_vllm.models.rotary import Rotary
 from flexllm_vllm.models.vocab_parallel import linear_cross_entropy_sharded
 
@@ -355,8 +354,8 @@ class LlamaBackward:
         modules = decoder.layers[layer]
         if decoder.has_head_norms:
             raw = chain.projected.split(widths[:2], dim=1)
-            _head_norm_backward(d_query, raw[0], decoder.norm_of(modules.self_attn.q_norm))
-            _head_norm_backward(d_key, raw[1], decoder.norm_of(modules.self_attn.k_norm))
+            decoder.norm_of(modules.self_attn.q_norm).heads_backward_(d_query, raw[0])
+            decoder.norm_of(modules.self_attn.k_norm).heads_backward_(d_key, raw[1])
         norm = decoder.norm_of(modules.input_layernorm)
         d_normed = self._project_backward(
             layer, "qkv_proj", d_qkv, lambda: chain.normed_hidden, adapter, needs.hidden
@@ -387,16 +386,3 @@ class LlamaBackward:
         if dx is not None and name in _SUMMED_BACKWARD:
             return self.parallel.all_reduce(dx)
         return dx
-
-
-def _head_norm_backward(d_heads: torch.Tensor, raw: torch.Tensor, norm: FrozenNorm) -> None:
-    """Turns gradients of normed heads into those of the heads before, in place.
-
-    Args:
-        d_heads: ``[num_rows, num_heads * head_size]``, any row stride.
-        raw: like ``d_heads``, the norm's input.
-        norm: over ``head_size``.
-    """
-    size = norm.weight.shape[0]
-    found = norm.backward(d_heads.reshape(-1, size), raw.reshape(-1, size))
-    d_heads.copy_(found.view(d_heads.shape))

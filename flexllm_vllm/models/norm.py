@@ -37,3 +37,14 @@ class FrozenNorm:
     ) -> torch.Tensor:
         """See :func:`rms_norm_backward`."""
         return rms_norm_backward(dy, x, self.weight, self.eps, residual)
+
+    def heads_backward_(self, d_heads: torch.Tensor, raw: torch.Tensor) -> None:
+        """Turns gradients of normed heads into those of the heads before, in place.
+
+        Args:
+            d_heads: ``[num_rows, num_heads * width]``, any row stride.
+            raw: like ``d_heads``, the norm's input.
+        """
+        width = self.weight.shape[0]
+        found = self.backward(d_heads.reshape(-1, width), raw.reshape(-1, width))
+        d_heads.copy_(found.view(d_heads.shape))

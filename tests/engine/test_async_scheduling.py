@@ -32,6 +32,13 @@ def test_gradients_equal_peft_autograd(engine: Engine, window: int | None) -> No
 
 
 def test_requests_and_gradients_are_right_beside_each_other(engine: Engine) -> None:
+    check_beside_requests(engine, "random", 30)
+    stats = engine.llm.llm_engine.engine_core.call_utility("finetuning_stats")
+    assert stats["most_in_flight"] == 2
+
+
+def check_beside_requests(engine: Engine, window: str, n_epochs: int) -> None:
+    """Gradients of a job beside requests, whose tokens stay as they were."""
     init = random_adapter(engine.model, engine.folder / "beside", seed=4)
     examples = random_examples([60, 9, 40], seed=3)
     expected = reference_gradients(engine, init, examples)
@@ -46,8 +53,8 @@ def test_requests_and_gradients_are_right_beside_each_other(engine: Engine) -> N
     engine.gradients()
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(
-            engine.train, examples, LoraSpec(r=8, lora_alpha=16), init, {"window": "random"},
-            batch_size=3, n_epochs=30, max_grad_norm=0.0, learning_rate=1e-12,
+            engine.train, examples, LoraSpec(r=8, lora_alpha=16), init, {"window": window},
+            batch_size=3, n_epochs=n_epochs, max_grad_norm=0.0, learning_rate=1e-12,
         )  # fmt: skip
         beside = []
         while not job.done():
@@ -56,8 +63,6 @@ def test_requests_and_gradients_are_right_beside_each_other(engine: Engine) -> N
     assert len(beside) > 1
     assert all(found == quiet for found in beside)
     steps = engine.gradients()
-    assert len(steps) == 30  # which hardly move the weights
-    stats = engine.llm.llm_engine.engine_core.call_utility("finetuning_stats")
-    assert stats["most_in_flight"] == 2
+    assert len(steps) == n_epochs  # which hardly move the weights
     for got in steps:
         assert_equal(got, expected, 1e-4)
