@@ -4,8 +4,6 @@
 // Softmax rows exist for one block of queries at a time. Within a block the work is split twice: by
 // head and queries (P, dS and dQ), then by KV head and keys (dK and dV). No two threads write to
 // the same place, so results do not depend on who runs when.
-#include <cstdlib>
-
 #include "common.h"
 
 namespace finetuning {
@@ -15,21 +13,6 @@ constexpr long kQueries = 64;     // a block of queries
 constexpr long kSubQueries = 32;  // what one task of the first split handles
 constexpr long kKeys = 64;        // what one task of the second split handles
 
-long round_up(long x, long to) { return (x + to - 1) / to * to; }
-
-// Scratch that is kept between calls: fresh pages would cost as much as the arithmetic.
-struct Scratch {
-  float* data = nullptr;
-  size_t size = 0;
-  float* reserve(size_t floats) {
-    if (floats > size) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64)));
-      size = data == nullptr ? 0 : floats;
-    }
-    return data;
-  }
-};
 Scratch scratch;
 
 struct Shape {

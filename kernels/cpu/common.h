@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace finetuning {
@@ -68,6 +69,22 @@ constexpr int kLanes = 4;
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
+inline long round_up(long x, long to) { return (x + to - 1) / to * to; }
+
+// Memory that is kept between calls: fresh pages would cost as much as the arithmetic.
+struct Scratch {
+  float* data = nullptr;
+  size_t size = 0;
+  float* reserve(size_t floats) {
+    if (floats > size) {
+      std::free(data);
+      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64)));
+      size = data == nullptr ? 0 : floats;
+    }
+    return data;
+  }
+};
+
 // A tile of C: MR rows, NR vectors wide, kept in registers over the whole inner dimension.
 template <int MR, int NR>
 inline void multiply_tile(const float* a, long a_row, long a_inner, const float* b, long b_row,
@@ -91,14 +108,20 @@ inline void multiply_tile(const float* a, long a_row, long a_inner, const float*
     }
 }
 
+// The largest tiles whose sums stay in registers, beside what they are made of: there are 32 with
+// AVX-512 and 16 without.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
+
 template <int NR>
 inline void multiply_columns(const float* a, long a_row, long a_inner, const float* b, long b_row,
                              float* c, long c_row, long rows, long inner, bool add) {
   long m = 0;
-  for (; m + 6 <= rows && kLanes == 16; m += 6)
-    multiply_tile<6, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
-  for (; m + 4 <= rows; m += 4)
-    multiply_tile<4, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
+  for (; m + kTileRows <= rows; m += kTileRows)
+    multiply_tile<kTileRows, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row,
+                                 inner, add);
+  for (; m + 2 <= rows; m += 2)
+    multiply_tile<2, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
   for (; m < rows; ++m)
     multiply_tile<1, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
 }
@@ -108,8 +131,8 @@ inline void multiply_columns(const float* a, long a_row, long a_inner, const flo
 inline void multiply(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c,
                      long c_row, long rows, long columns, long inner, bool add) {
   long n = 0;
-  for (; n + 4 * kLanes <= columns; n += 4 * kLanes)
-    multiply_columns<4>(a, a_row, a_inner, b + n, b_row, c + n, c_row, rows, inner, add);
+  for (; n + kTileVectors * kLanes <= columns; n += kTileVectors * kLanes)
+    multiply_columns<kTileVectors>(a, a_row, a_inner, b + n, b_row, c + n, c_row, rows, inner, add);
   for (; n + 2 * kLanes <= columns; n += 2 * kLanes)
     multiply_columns<2>(a, a_row, a_inner, b + n, b_row, c + n, c_row, rows, inner, add);
   for (; n < columns; n += kLanes)
