@@ -4,9 +4,101 @@ Layers that share their input (q, k and v; gate and up) are one merged linear in
 matrices ``A`` are kept concatenated, so that ``x A^T`` and ``dA`` are one GEMM for all of them.
 """
 
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_long, c_void_p
 from dataclasses import dataclass
 
 import torch
+
+from flexllm_vllm.kernels import native
+
+
+class _Target(ctypes.Structure):
+    """``LoraTarget`` of ``cpu/lora.cpp``."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("b_row", c_long),
+        ("start", c_long),
+        ("end", c_long),
+        ("grad_a", c_void_p),
+        ("grad_b", c_void_p),
+    )
+
+
+class NativeLora:
+    """The matrices of the targets within one merged linear, as the CPU kernels read them.
+
+    It is made once and holds wherever the matrices are not reallocated.
+
+    Args:
+        a: for each target ``[r, in_features]``.
+        b: for each target ``[out_features, r]``; its rows may be apart.
+        columns: for each target its ``(start, end)`` in the merged output.
+        grads: float32 accumulators like ``a`` and like ``b``.
+    """
+
+    def __init__(
+        self,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        columns: Sequence[tuple[int, int]],
+        grads: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None,
+    ) -> None:
+        grad_a, grad_b = grads or ((), ())
+        matrices = (*a, *b, *grad_a, *grad_b)
+        self._matrices = matrices  # they live as long as their addresses are known here
+        self.is_usable = all(
+            m.dtype == torch.float32 and m.device.type == "cpu" and m.stride(1) == 1
+            for m in matrices
+        ) and all(m.is_contiguous() for m in (*a, *grad_a, *grad_b))
+        self.r, self.in_features = a[0].shape
+        # Of each row of the products of rank size: the kernels read and write whole vectors.
+        self.shrunk_width = len(b) * -(-self.r // native.lanes()) * native.lanes()
+        self._targets = (_Target * len(b))()
+        for i, (start, end) in enumerate(columns):
+            target = self._targets[i]
+            target.a, target.b, target.b_row = a[i].data_ptr(), b[i].data_ptr(), b[i].stride(0)
+            target.start, target.end = start, end
+            if grads is not None:
+                target.grad_a, target.grad_b = grad_a[i].data_ptr(), grad_b[i].data_ptr()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, scaling: float) -> bool:
+        """As :func:`lora_add`; False where the kernels cannot."""
+        return self._can(y, x) and native.call(
+            "lora_add", y, y.stride(0), x, x.stride(0), len(x), self.in_features, self._targets,
+            len(self._targets), self.r, scaling,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor | None,
+        dx: torch.Tensor | None,
+        g: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """As :func:`lora_backward`, ``g`` ``[num_tokens, shrunk_width]``; None where the kernels
+        cannot."""
+        if not self._can(*(t for t in (dy, x, dx) if t is not None)):
+            return None
+        has_g = g is not None
+        if g is None:
+            g = dy.new_empty(len(dy), self.shrunk_width)
+        if not native.call(
+            "lora_backward", dy, dy.stride(0), x, 0 if x is None else x.stride(0), dx,
+            0 if dx is None else dx.stride(0), g, has_g, len(dy), self.in_features, self._targets,
+            len(self._targets), self.r, scaling,
+        ):  # fmt: skip
+            return None
+        return g
+
+    def _can(self, *rows: torch.Tensor) -> bool:
+        return self.is_usable and all(
+            t.dtype == torch.float32 and t.stride(-1) == 1 and t.dim() == 2 for t in rows
+        )
 
 
 @dataclass(frozen=True)
@@ -28,6 +120,20 @@ class LoraGroup:
     @property
     def r(self) -> int:
         return self.b[0].shape[1] if self.b else 0
+
+    def native(self, grad: "LoraGroup | None" = None) -> NativeLora:
+        """For the CPU kernels, with the accumulators where there are any."""
+        keeper = self if grad is None else grad
+        kept: tuple[LoraGroup, NativeLora] | None = keeper.__dict__.get("_native")
+        if kept is None or kept[0] is not self:
+            r = self.r
+            a = [self.a[i * r : (i + 1) * r] for i in range(len(self.b))]
+            grads = None
+            if grad is not None:
+                grads = ([grad.a[i * r : (i + 1) * r] for i in range(len(self.b))], grad.b)
+            kept = (self, NativeLora(a, self.b, self.columns, grads))
+            keeper.__dict__["_native"] = kept
+        return kept[1]
 
     def first_columns(self, width: int) -> "LoraGroup":
         """The part that computes columns ``[0, width)`` of the merged output."""
@@ -52,7 +158,7 @@ def lora_add(y: torch.Tensor, x: torch.Tensor, group: LoraGroup) -> torch.Tensor
         ``y``.
     """
     r = group.r
-    if not group.columns:
+    if not group.columns or group.native().add(y, x, group.scaling):
         return y
     u = x @ group.a.to(x.dtype).t()
     for i, (start, end) in enumerate(group.columns):
@@ -81,11 +187,14 @@ def lora_backward(
         group: the matrices.
         grad: float32 accumulators shaped like ``group``, updated in place.
         dx: ``[num_tokens, in_features]``, updated in place; None where nobody needs it.
-        g: ``[num_tokens, num_targets * r]``, computed if not given.
+        g: what an earlier call returned; computed if not given.
 
     Returns:
-        ``g``.
+        ``g``, ``[num_tokens, num_targets * r]``, each target's columns padded in the CPU kernels.
     """
+    found = group.native(grad).backward(dy, x, dx, g, group.scaling)
+    if found is not None:
+        return found
     r = group.r
     a = group.a.to(dy.dtype)
     if g is None:

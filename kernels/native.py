@@ -38,6 +38,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [c_int, c_void_p, c_void_p, c_long, c_long, c_float, c_void_p],
+    "add_rms_norm": [c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float],
     "rms_norm_backward": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float,
                           c_void_p],
     "swiglu": [c_int, c_void_p, c_long, c_long, c_void_p],
@@ -51,6 +52,12 @@ _SIGNATURES: dict[str, list[Any]] = {
                            c_long, c_void_p],
     "attention_forward": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_long,
                           c_long, c_long, c_long, c_long, c_float, c_void_p],
+    "keep_rows": [c_int, c_void_p, c_long, c_void_p, c_long, c_long, c_long, c_void_p, c_long,
+                  c_void_p, c_long, c_long, c_long],
+    "lora_add": [c_int, c_void_p, c_long, c_void_p, c_long, c_long, c_long, c_void_p, c_long,
+                 c_long, c_float],
+    "lora_backward": [c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_int,
+                      c_long, c_long, c_void_p, c_long, c_long, c_float],
 }  # fmt: skip
 
 

@@ -28,6 +28,24 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return rms_norm_torch(x, weight, eps)
 
 
+def add_rms_norm_(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> None:
+    """``residual += x``, then ``x = rms_norm(residual)``, in place; on the host.
+
+    Args:
+        x: ``[num_tokens, hidden_size]`` contiguous.
+        residual: like ``x``.
+        weight: ``[hidden_size]``, in the dtype of ``x`` or in float32.
+        eps: added to the mean square.
+    """
+    usable = x.is_contiguous() and residual.is_contiguous() and weight.dtype == x.dtype
+    if usable and native.call("add_rms_norm", x, residual, weight, *x.shape, eps):
+        return
+    residual.add_(x)
+    x.copy_(rms_norm_torch(residual, weight, eps))
+
+
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """:func:`rms_norm` in torch operations."""
     x32 = x.float()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flexllm_vllm.kernels.lora import NativeLora
 from flexllm_vllm.patches import require
 
 Segment = tuple[int, "slice | torch.Tensor"]
@@ -92,6 +93,8 @@ class _SegmentedOps:
     slot_ranks: dict[int, int]
     # (address of the linear's first stacked A, slot) -> what adds the adapter's product instead.
     slot_products: dict[tuple[int, int], Product]
+    # (address of the linear's first stacked A, slot, rank) -> the slot's matrices.
+    slot_matrices: dict[tuple[int, int, int], NativeLora]
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         _stock_update_metadata(self, *args, **kwargs)
@@ -146,21 +149,17 @@ class _SegmentedOps:
     ) -> None:
         products = getattr(self, "slot_products", {})
         for slot, rows in self._token_segments:
-            x_rows = x[rows]
-            if products and (add := products.get((lora_a_stacked[0].data_ptr(), slot))):
-                y_rows = y[rows]
+            x_rows, y_rows = x[rows], y[rows]
+            add = products.get((lora_a_stacked[0].data_ptr(), slot))
+            if add is not None:
                 add(y_rows, x_rows)
-                if not isinstance(rows, slice):
-                    y[rows] = y_rows
-                continue
-            rank = self._rank(slot, lora_b_stacked[0].shape[-1])
-            offset = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                shrunk = torch.matmul(x_rows, _matrix(a, slot)[:rank].t())
-                if scale != 1.0:
-                    shrunk *= scale
-                _expand(y, rows, shrunk, _matrix(b, slot)[:, :rank], offset, width, True)
-                offset += width
+            else:
+                rank = self._rank(slot, lora_b_stacked[0].shape[-1])
+                slices = (lora_a_stacked, lora_b_stacked, output_slices)
+                if not _matrices(self, slot, rank, *slices, y.shape[1]).add(y_rows, x_rows, scale):
+                    _add_products(y_rows, x_rows, slot, rank, *slices, scale)
+            if not isinstance(rows, slice):
+                y[rows] = y_rows
 
     def add_lora_embedding(
         self: Any,
@@ -196,6 +195,51 @@ def _matrix(stacked: torch.Tensor, slot: int) -> torch.Tensor:
     """The slot's matrix of ``[max_loras, 1, m, n]`` or ``[max_loras, m, n]``."""
     matrix = stacked[slot]
     return matrix.squeeze(0) if matrix.dim() == 3 else matrix
+
+
+def _matrices(
+    wrapper: Any,
+    slot: int,
+    rank: int,
+    lora_a_stacked: tuple[torch.Tensor, ...],
+    lora_b_stacked: tuple[torch.Tensor, ...],
+    output_slices: tuple[int, ...],
+    width: int,
+) -> NativeLora:
+    """The slot's matrices in a merged linear that is ``width`` wide."""
+    known = wrapper.__dict__.setdefault("slot_matrices", {})
+    key = (lora_a_stacked[0].data_ptr(), slot, rank)
+    if key not in known:
+        b, columns, offset = [], [], 0
+        for stacked, size in zip(lora_b_stacked, output_slices, strict=True):
+            matrix = _matrix(stacked, slot)
+            end = min(offset + min(size, len(matrix)), width)
+            b.append(matrix[: end - offset, :rank])
+            columns.append((offset, end))
+            offset += size
+        a = [_matrix(stacked, slot)[:rank] for stacked in lora_a_stacked]
+        known[key] = NativeLora(a, b, columns)
+    return known[key]
+
+
+def _add_products(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slot: int,
+    rank: int,
+    lora_a_stacked: tuple[torch.Tensor, ...],
+    lora_b_stacked: tuple[torch.Tensor, ...],
+    output_slices: tuple[int, ...],
+    scale: float,
+) -> None:
+    """The same in torch operations, for the rows of one slot."""
+    offset = 0
+    for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+        shrunk = torch.matmul(x, _matrix(a, slot)[:rank].t())
+        if scale != 1.0:
+            shrunk *= scale
+        _expand(y, slice(None), shrunk, _matrix(b, slot)[:, :rank], offset, width, True)
+        offset += width
 
 
 def _expand(

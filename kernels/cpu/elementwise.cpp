@@ -31,6 +31,26 @@ void rms_norm(const T* x, const T* weight, long rows, long width, float eps, T* 
   }
 }
 
+// residual += x, x = its norm.
+template <class T>
+void add_rms_norm(T* x, T* residual, const T* weight, long rows, long width, float eps) {
+#pragma omp parallel for if (rows * width > kParallelElements)
+  for (long row = 0; row < rows; ++row) {
+    T* in = x + row * width;
+    T* sums = residual + row * width;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (long i = 0; i < width; ++i) {
+      const float v = load(sums + i) + load(in + i);
+      store(sums + i, v);
+      squares += v * v;
+    }
+    const float rstd = 1.0f / __builtin_sqrtf(squares / float(width) + eps);
+#pragma omp simd
+    for (long i = 0; i < width; ++i) store(in + i, load(sums + i) * rstd * load(weight + i));
+  }
+}
+
 template <class T>
 void rms_norm_backward(const T* dy, const T* x, const T* weight, const float* residual, long rows,
                        long width, float eps, float* dx) {
@@ -172,6 +192,25 @@ void cross_entropy(T* logits, const int64_t* targets, long rows, long width, flo
   }
 }
 
+// Rows into pages: row i of the pack lies in page i / per_page of it, at i % per_page.
+void keep_rows(const float* x, long x_row, const float* addend, long addend_row, long rows,
+               long width, float* pool, long page_size, const int64_t* pages, long base,
+               long per_page, long start) {
+#pragma omp parallel for if (rows * width > kParallelElements)
+  for (long row = 0; row < rows; ++row) {
+    const float* in = x + row * x_row;
+    const long at = start + row;
+    float* out = pool + pages[at / per_page] * page_size + base + at % per_page * width;
+    if (addend == nullptr) {
+      std::memcpy(out, in, width * sizeof(float));
+      continue;
+    }
+    const float* more = addend + row * addend_row;
+#pragma omp simd
+    for (long i = 0; i < width; ++i) out[i] = in[i] + more[i];
+  }
+}
+
 }  // namespace
 }  // namespace finetuning
 
@@ -191,6 +230,11 @@ extern "C" {
 void finetuning_rms_norm(int dtype, const void* x, const void* weight, long rows, long width,
                          float eps, void* y) {
   TYPED(rms_norm((const T*)x, (const T*)weight, rows, width, eps, (T*)y))
+}
+
+void finetuning_add_rms_norm(int dtype, void* x, void* residual, const void* weight, long rows,
+                             long width, float eps) {
+  TYPED(add_rms_norm((T*)x, (T*)residual, (const T*)weight, rows, width, eps))
 }
 
 void finetuning_rms_norm_backward(int dtype, const void* dy, const void* x, const void* weight,
@@ -221,5 +265,12 @@ void finetuning_cross_entropy(int dtype, void* logits, const int64_t* targets, l
                               double* losses, int64_t* correct) {
   TYPED(cross_entropy((T*)logits, targets, rows, width, logit_scale, gradient_scale, losses,
                       correct))
+}
+
+void finetuning_keep_rows(int, const float* x, long x_row, const float* addend, long addend_row,
+                          long rows, long width, float* pool, long page_size,
+                          const int64_t* pages, long base, long per_page, long start) {
+  keep_rows(x, x_row, addend, addend_row, rows, width, pool, page_size, pages, base, per_page,
+            start);
 }
 }
