@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from flexllm_vllm.kernels.rms_norm import add_rms_norm_, rms_norm
+from flexllm_vllm.kernels.swiglu import swiglu
 from flexllm_vllm.patches import require
 
 
@@ -76,8 +78,9 @@ def apply_to_layers() -> None:
 
 def use_fast_operations(model: torch.nn.Module) -> None:
     """For batches that run eagerly, of a model that is compiled by now: under the compiler vLLM's
-    operations are written in torch, to be fused; run eagerly they are slower than its own C++ ones.
-    The graph exists already and is not concerned."""
+    operations are written in torch, to be fused; run eagerly they are slower than those in C++. Of
+    256 rows vLLM's own SwiGLU takes 1.3 ms where ours takes 0.3, and a norm of a few rows waits for
+    threads that it does not need. The graph exists already and is not concerned."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.layernorm import RMSNorm
@@ -93,18 +96,14 @@ def use_fast_operations(model: torch.nn.Module) -> None:
 
 def _rms_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     """``RMSNorm.forward``; with a residual ``x`` and it are overwritten, as vLLM allows."""
-    weight = norm.weight.data
+    weight, eps = norm.weight.data, norm.variance_epsilon
+    width = x.shape[-1]
     if residual is None:
-        x = x.contiguous()  # the operation takes rows as dense; heads of a merged linear are not
-        out = torch.empty_like(x)
-        torch.ops._C.rms_norm(out, x, weight, norm.variance_epsilon)
-        return out
-    torch.ops._C.fused_add_rms_norm(x, residual, weight, norm.variance_epsilon)
+        return rms_norm(x.reshape(-1, width), weight, eps).view(x.shape)
+    add_rms_norm_(x.view(-1, width), residual.view(-1, width), weight, eps)
     return x, residual
 
 
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``SiluAndMul.forward``."""
-    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    torch.ops._C.silu_and_mul(out, x)
-    return out
+    return swiglu(x.view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
