@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexllm_vllm.kernels import native
 from flexllm_vllm.worker.activation_codec import ActivationCodec
 from flexllm_vllm.worker.transfer import to_device
 
@@ -44,11 +45,13 @@ class KeptRows:
     Attributes:
         layout: of the pack's adapter.
         pages: of the pack.
+        page_ids: the same, ``[num_pages]`` int64 on the host.
         index: on a device, of each row the page and the place in it, ``[num_rows]`` int64 each.
     """
 
     layout: TokenLayout
     pages: tuple[int, ...]
+    page_ids: torch.Tensor
     index: tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -103,14 +106,22 @@ class ActivationCache:
     def rows(self, layout: TokenLayout, pages: Sequence[int]) -> KeptRows:
         """Where the rows of a pack with these pages lie."""
         index = None
+        page_ids = torch.tensor(pages, dtype=torch.int64)
         if self._is_indexed:
             per_page = layout.tokens_per_page
-            page = torch.tensor(pages, dtype=torch.int64).repeat_interleave(per_page)
+            page = page_ids.repeat_interleave(per_page)
             place = torch.arange(per_page).repeat(len(pages))
             index = (to_device(page, self._pool.device), to_device(place, self._pool.device))
-        return KeptRows(layout, tuple(pages), index)
+        return KeptRows(layout, tuple(pages), page_ids, index)
 
-    def write(self, kept: KeptRows, key: Key, start: int, x: torch.Tensor) -> None:
+    def write(
+        self,
+        kept: KeptRows,
+        key: Key,
+        start: int,
+        x: torch.Tensor,
+        addend: torch.Tensor | None = None,
+    ) -> None:
         """Stores rows ``[start, start + n)`` of a pack.
 
         Args:
@@ -118,7 +129,12 @@ class ActivationCache:
             key: (layer, name); ``(num_layers, "hidden")`` is the input of the final norm.
             start: first row.
             x: ``[n, width]``.
+            addend: like ``x``; the sum of both is stored.
         """
+        if kept.index is None and self._write_floats(kept, key, start, x, addend):
+            return
+        if addend is not None:
+            x = x + addend
         encoded, end = self.codec.encode(x), start + x.shape[0]
         if kept.index is not None:
             page, place = (i[start:end] for i in kept.index)
@@ -127,6 +143,22 @@ class ActivationCache:
             return
         for chunk, rows in self._chunks(kept, key, start, end):
             chunk.copy_(encoded[rows].view(chunk.shape))
+
+    def _write_floats(
+        self, kept: KeptRows, key: Key, start: int, x: torch.Tensor, addend: torch.Tensor | None
+    ) -> bool:
+        """In one pass, where floats are stored as they are; False where they are not."""
+        layout, (rows, width) = kept.layout, x.shape
+        per_page = layout.tokens_per_page
+        adjoin = x.stride(1) == 1 and (addend is None or addend.stride(1) == 1)
+        floats = x.dtype == torch.float32 and self.codec.keeps(x.dtype) and not self.page_bytes % 4
+        if not (adjoin and floats and start + rows <= per_page * len(kept.pages)):
+            return False
+        return native.call(
+            "keep_rows", x, x.stride(0), addend, 0 if addend is None else addend.stride(0), rows,
+            width, self._pool, self.page_bytes // 4, kept.page_ids,
+            layout.offsets[key] // 4 * per_page, per_page, start,
+        )  # fmt: skip
 
     def read(self, kept: KeptRows, key: Key, start: int, end: int) -> torch.Tensor:
         """Rows ``[start, end)`` of a pack, ``[end - start, width]``."""

@@ -16,6 +16,9 @@ class ActivationCodec(Protocol):
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of ``width`` elements."""
 
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether values of this dtype are stored as they are."""
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """``[n, width]`` -> ``[n, row_bytes(width)]`` uint8."""
 
@@ -32,6 +35,9 @@ class PlainCodec:
 
     def row_bytes(self, width: int) -> int:
         return width * self._stored.itemsize
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        return self._stored == dtype
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self._stored).contiguous().view(torch.uint8)
@@ -53,6 +59,9 @@ class Int8Codec:
     def row_bytes(self, width: int) -> int:
         # A multiple of 4, so that the scales of the next row are aligned.
         return 4 * self._groups(width) + -(-width // 4) * 4
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        return False
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         n, width = x.shape

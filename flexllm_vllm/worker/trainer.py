@@ -328,10 +328,8 @@ class Trainer:
             if key not in capture.kept.layout.widths or capture.job_id in self._failed:
                 continue
             try:
-                values = x[capture.rows]
-                if addend is not None:
-                    values = values + addend[capture.rows]
-                self._cache.write(capture.kept, key, capture.start, values)
+                more = None if addend is None else addend[capture.rows]
+                self._cache.write(capture.kept, key, capture.start, x[capture.rows], more)
             except Exception as error:
                 self._fail_capture(capture.job_id, error)
 

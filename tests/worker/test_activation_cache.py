@@ -36,7 +36,15 @@ def test_rows_come_back_whatever_the_pages_and_windows(
             start = 0
             while start < len(value):
                 end = min(len(value), start + rng.randint(1, 40))
-                cache.write(kept, key, start, value[start:end])
+                rows = value[start:end]
+                if rng.random() < 0.5:
+                    cache.write(kept, key, start, rows)
+                else:  # a part of a wider tensor, and what is to be added to it
+                    wide = torch.randn(len(rows), rows.shape[1] + 3)
+                    x = wide[:, : rows.shape[1]]
+                    more = rows - x
+                    value[start:end] = x + more
+                    cache.write(kept, key, start, x, more)
                 start = end
     for kept, values in packs:
         for key, value in values.items():
