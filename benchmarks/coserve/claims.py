@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.coserve.ceiling import ceiling
+from flexllm_vllm.config import FinetuningConfig
+
 LEAST_WITHIN_TARGET = 0.99
 LEAST_SHARE_OF_ALONE = 0.80
+LEAST_SHARE_OF_CEILING = 0.90
 FEW_STREAMS = ("busy-1", "busy-2")
 
 Cells = dict[str, dict[str, Any]]
@@ -25,6 +29,35 @@ class Claim:
     load: str
     figures: str
     met: bool | None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Finetuning at a load, as shares of alone.
+
+    Attributes:
+        noise: 99th percentile of stock's gaps over their median.
+        free: what the latency model allows at most.
+        with_noise: of iterations planned so much shorter that noise leaves 99 of 100 in time.
+        reached: what was measured.
+    """
+
+    noise: float
+    free: float
+    with_noise: float
+    reached: float
+
+
+def ceilings(cells: Cells, load: str) -> Ceilings | None:
+    """None where something was not measured."""
+    ours, stock, whole = cells.get(f"{load}/coserve"), cells.get(f"{load}/stock"), alone(cells)
+    mixed = ours and ours["training"].get("mixed")
+    if not (ours and mixed and stock and whole and stock["latency"]["itl_p50_ms"]):
+        return None
+    noise = stock["latency"]["itl_p99_ms"] / stock["latency"]["itl_p50_ms"]
+    most = FinetuningConfig.max_tokens
+    free, with_noise = (ceiling(mixed, factor, most) / whole for factor in (1.0, noise))
+    return Ceilings(noise, free, with_noise, trained(ours) / whole)
 
 
 def alone(cells: Cells) -> float | None:
@@ -61,6 +94,10 @@ def check(cells: Cells, loads: list[str]) -> list[Claim]:
             share = trained(ours) / whole
             says = f"finetuning >= {LEAST_SHARE_OF_ALONE:.0%} of alone"
             claims.append(Claim(says, load, f"{share:.1%}", share >= LEAST_SHARE_OF_ALONE))
+            if share < LEAST_SHARE_OF_ALONE and (found := ceilings(cells, load)):
+                share = found.reached / max(found.with_noise, 1e-9)
+                says = f"or >= {LEAST_SHARE_OF_CEILING:.0%} of the ceiling with noise"
+                claims.append(Claim(says, load, f"{share:.1%}", share >= LEAST_SHARE_OF_CEILING))
         if temporal is not None:
             mine, other = trained(ours), trained(temporal)
             figures = f"{mine:.0f} against {other:.0f} tokens/s"

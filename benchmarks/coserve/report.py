@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coserve.claims import Cells, alone, check, peft_alone, trained
+from benchmarks.coserve.ceiling import INFERENCE
+from benchmarks.coserve.claims import Cells, alone, ceilings, check, peft_alone, trained
 from benchmarks.coserve.loads import LOADS
 from benchmarks.coserve.systems import SERVING
 
@@ -42,6 +43,8 @@ def _lines(results: dict[str, Any]) -> list[str]:
         target = next((c["target_ms"] for c in cells.values() if c["load"] == load), None)
         shown = f", target {target:.0f} ms" if target else ""
         lines += ["", f"## {load}{shown}", "", *_table(cells, load)]
+    if rows := _time(cells, loads):
+        lines += ["", "## Where the time goes, and the ceiling", "", *rows]
     lines += ["", "## Noise", "", *_noise(cells)]
     if sweep := _sweep(cells):
         lines += ["", "## The target", "", *sweep, "", "![sweep](sweep.png)"]
@@ -115,6 +118,56 @@ def _row(name: str, cell: dict[str, Any], ours: float | None, peft: float | None
     else:
         values += ["-"] * 3
     return "| " + " | ".join(values) + " |"
+
+
+# What the report calls the terms of the latency model.
+PARTS = {
+    "inference": INFERENCE,
+    "any finetuning rows": ("has_finetuning_rows",),
+    "forward": ("forward_tokens", "rows_beyond_knee"),
+    "backward": ("backward_tokens",),
+    "each window": ("backward_windows",),
+    "steps": ("optimizer_steps",),
+}
+
+
+def _time(cells: Cells, loads: list[str]) -> list[str]:
+    """Of iterations with both kinds of work; and what the latency model allows at most."""
+    lines = [
+        "Means of our server's iterations with requests and finetuning, in milliseconds, as its "
+        "latency model divides them; *margin* is what it has learnt to keep free.",
+        "",
+        "| load | target | measured | " + " | ".join(PARTS) + " | margin |",
+        "| --- " * (len(PARTS) + 4) + "|",
+    ]
+    count = len(lines)
+    for load in loads:
+        cell = cells.get(f"{load}/coserve")
+        if cell and (mixed := cell["training"].get("mixed")):
+            parts = [sum(mixed["parts_ms"][t] for t in terms) for terms in PARTS.values()]
+            values = [mixed["target_ms"], mixed["measured_ms"], *parts]
+            shown = " | ".join(f"{value:.0f}" for value in values)
+            lines.append(f"| {load} | {shown} | {mixed['margin']:.2f} |")
+    if len(lines) == count:
+        return []
+    lines += [
+        "",
+        "The ceiling: what these costs allow if every iteration took its whole target and no time "
+        "were lost. Iterations vary without any finetuning: of stock's gaps the 99th percentile is "
+        "*noise* times the median, so that those that shall end in time 99 times in 100 must be "
+        "planned so much shorter; *with noise* is the ceiling of these.",
+        "",
+        "| load | noise | ceiling, of alone | with noise | reached, of alone | of the ceiling "
+        "with noise |",
+        "| --- " * 6 + "|",
+    ]
+    for load in loads:
+        if found := ceilings(cells, load):
+            lines.append(
+                f"| {load} | {found.noise:.2f} | {found.free:.1%} | {found.with_noise:.1%} | "
+                f"{found.reached:.1%} | {found.reached / found.with_noise:.1%} |"
+            )
+    return lines
 
 
 def _noise(cells: Cells) -> list[str]:

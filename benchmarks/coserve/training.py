@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from benchmarks.coserve.ceiling import Mixed, mixed_between, read_metrics
 from benchmarks.coserve.client import LoadRecord
 from benchmarks.coserve.data import BATCH, LENGTH, micro_batches
 from benchmarks.coserve.figures import trained_by_steps, trained_in_iterations
@@ -31,12 +32,14 @@ class Trained:
         tokens_per_s: a token counts a third for its forward, the rest for its backward.
         forward_per_s, backward_per_s: the parts; None where a step is counted whole.
         steps_per_s: by the optimizer steps that ended in the window; coarse, as a check.
+        mixed: iterations beside requests, since the job began; None where a step is counted whole.
     """
 
     tokens_per_s: float
     forward_per_s: float | None = None
     backward_per_s: float | None = None
     steps_per_s: float | None = None
+    mixed: Mixed | None = None
 
 
 class Training(Protocol):
@@ -124,6 +127,7 @@ class JobTraining:
         self._file_id: str | None = None
         self._job_id: str | None = None
         self._iterations: dict[float, dict[str, Any]] = {}
+        self._before: dict[str, dict[str, float]] = {}
 
     def begin(self) -> None:
         if self._file_id is None:
@@ -149,6 +153,7 @@ class JobTraining:
         self._job_id = self._request("POST", "fine_tuning/jobs", json=job)["id"]
         self._iterations = {}
         self._wait_for("running")
+        self._before = self._scrape()
 
     def poll(self) -> None:
         found = self._request("GET", "finetuning/iterations", params={"last": 10_000})["data"]
@@ -165,6 +170,7 @@ class JobTraining:
             forward_per_s=forward / seconds,
             backward_per_s=backward / seconds,
             steps_per_s=self._step_tokens(record.begin, record.end) / seconds,
+            mixed=mixed_between(self._before, self._scrape()),
         )
 
     def end(self) -> None:
@@ -196,6 +202,9 @@ class JobTraining:
             if job["status"] == "failed" or time.monotonic() > deadline:
                 raise RuntimeError(f"the job is {job['status']}, not {status}: {job['error']}")
             time.sleep(0.1)
+
+    def _scrape(self) -> dict[str, dict[str, float]]:
+        return read_metrics(httpx.get(f"{self._server.url}/metrics", timeout=60).text)
 
     def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         url = f"{self._server.url}/v1/{path}"

@@ -54,6 +54,7 @@ GAUGES = {
     "activation_cache_usage_perc": "Activation-cache usage. 1 means 100 percent usage.",
     "latency_model_mape": "Mean absolute error of predicted iteration times. 1 means 100 percent.",
     "latency_model_margin": "Factor on predictions so that 99 of 100 iterations stay below.",
+    "latency_model_knee_rows": "Rows of a forward beyond which each costs more.",
 }
 JOB_GAUGES = {
     "step": "Optimizer steps of a running finetuning job.",
@@ -135,7 +136,30 @@ class FinetuningMetrics:
                 for job_id, job in engine["jobs"].items():
                     gauge.add_metric([*values, job_id], job[name])
             yield gauge
+        yield from _term_families([*labels, "term"], engines)
         yield from _iteration_families([*labels, "kind"], engines)
+
+
+def _term_families(
+    labels: list[str], engines: list[tuple[list[str], dict[str, Any]]]
+) -> Iterator[Metric]:
+    """What the latency model knows of each of its terms (``scheduler/latency_model.py``)."""
+    cost = GaugeMetricFamily(
+        f"{PREFIX}latency_model_cost_seconds",
+        "Time that one more unit of a term adds to an iteration.",
+        labels=labels,
+    )
+    part = CounterMetricFamily(
+        f"{PREFIX}mixed_iteration_part_seconds",
+        "Expected time of iterations with inference and finetuning, by the terms of the model.",
+        labels=labels,
+    )
+    for engine_labels, engine in engines:
+        for term, cost_ms in engine["costs_ms"].items():
+            cost.add_metric([*engine_labels, term], cost_ms / 1e3)
+        for term, seconds in engine["mixed_parts_s"].items():
+            part.add_metric([*engine_labels, term], seconds)
+    yield from (cost, part)
 
 
 def _iteration_families(

@@ -44,6 +44,8 @@ class Budget:
         rows: once, if the iteration holds forward tokens.
         window: of a backward window, beside its tokens.
         step: of an optimizer step.
+        room: forward tokens up to the knee, where reading the weights takes as long as computing.
+        beyond: of a token's forward, additionally, beyond it.
     """
 
     total: float
@@ -53,6 +55,44 @@ class Budget:
     rows: float = 0.0
     window: float = 0.0
     step: float = 0.0
+    room: float = 0.0
+    beyond: float = 0.0
+
+    def forward_cost(self, num_tokens: float) -> float:
+        """Of so many tokens' forward."""
+        if num_tokens <= 0:
+            return 0.0
+        more = max(0.0, num_tokens - self.room)
+        return self.rows + num_tokens * self.forward + more * self.beyond
+
+    def forward_tokens(self, limit: float, behind: float = 0.0) -> float:
+        """Tokens whose forward, and ``behind`` for each, cost no more than ``limit``."""
+        left, each = limit - self.rows, self.forward + behind
+        if left <= self.room * each:
+            return max(0.0, left / each)
+        return (left + self.room * self.beyond) / (each + self.beyond)
+
+    def mixed_tokens(self, limit: float) -> float:
+        """Forward tokens of an iteration that runs as many backward beside them; 0 where a forward
+        and a backward alone, in turn, make more progress.
+
+        A few forward tokens ride on the rows that are there anyway, but every forward with
+        finetuning tokens has a fixed cost.
+        """
+        mixed = self._tokens_together(limit)
+        return mixed if mixed >= max(1.0, self._tokens_in_turn(limit)) else 0.0
+
+    def tokens(self, limit: float) -> float:
+        """Tokens that an iteration takes both forward and backward, at best and on average."""
+        return max(self._tokens_together(limit), self._tokens_in_turn(limit))
+
+    def _tokens_together(self, limit: float) -> float:
+        return self.forward_tokens(limit - self.window, self.backward)
+
+    def _tokens_in_turn(self, limit: float) -> float:
+        forward = min(self.forward_tokens(limit), self.max_tokens)
+        backward = max(0.0, limit - self.window) / self.backward
+        return forward * backward / max(forward + backward, 1e-9)
 
     @classmethod
     def of_tokens(cls, num_tokens: int) -> "Budget":
@@ -137,7 +177,11 @@ class LatencyBudget:
             if self._left_out == PATIENCE:
                 self._warn(inference)
         step = model.cost_ms("optimizer_steps")
-        return Budget(total, forward, backward, left, rows, window, step)
+        return Budget(
+            total, forward, backward, left, rows, window, step,
+            room=max(0.0, model.knee - inference.rows),
+            beyond=model.cost_ms("rows_beyond_knee"),
+        )  # fmt: skip
 
     def _warn(self, inference: IterationWork) -> None:
         """Says once that requests leave finetuning nothing."""
@@ -156,14 +200,16 @@ class LatencyBudget:
     def _part(self, num_tokens: int) -> float:
         """Milliseconds that so many tokens, either way, add to an iteration with others."""
         cost = self.model.cost_ms
-        forward = cost("has_finetuning_rows") + num_tokens * cost("forward_tokens")
+        token = cost("forward_tokens") + cost("rows_beyond_knee")
+        forward = cost("has_finetuning_rows") + num_tokens * token
         backward = cost("backward_windows") + num_tokens * cost("backward_tokens")
         return max(forward, backward, num_tokens * MIN_COST_MS)
 
     def _least(self) -> float:
         """Milliseconds of the smallest finetuning part that is worth it."""
         model = self.model
-        token = max(model.cost_ms("forward_tokens"), model.cost_ms("backward_tokens"), MIN_COST_MS)
+        forward = model.cost_ms("forward_tokens") + model.cost_ms("rows_beyond_knee")
+        token = max(forward, model.cost_ms("backward_tokens"), MIN_COST_MS)
         terms = ("has_rows", "has_finetuning_rows", "backward_windows")
         fixed = sum(model.cost_ms(term) for term in terms)
         return fixed + MIN_IDLE_TOKENS * token

@@ -65,22 +65,32 @@ class IterationWork:
         return self.forward_tokens > 0 or self.backward_tokens > 0
 
     @property
-    def terms(self) -> tuple[float, ...]:
-        """The terms of the model: the constant, whether there is a forward at all, the fields."""
-        forward = float(self.has_inference or self.forward_tokens > 0)
-        return (1.0, forward, self.decode_rows, self.decode_context, self.prefill_tokens,
-                self.has_finetuning_rows, self.forward_tokens, self.backward_tokens,
-                self.backward_windows, self.optimizer_steps)  # fmt: skip
+    def rows(self) -> float:
+        """Rows of the fused forward."""
+        return self.decode_rows + self.prefill_tokens + self.forward_tokens
+
+    def terms(self, knee: float) -> tuple[float, ...]:
+        """The terms of the model: the constant, whether there is a forward at all, its rows beyond
+        the knee, the fields."""
+        rows = self.rows
+        return (1.0, float(rows > 0), rows - knee if rows > knee else 0.0, self.decode_rows,
+                self.decode_context, self.prefill_tokens, self.has_finetuning_rows,
+                self.forward_tokens, self.backward_tokens, self.backward_windows,
+                self.optimizer_steps)  # fmt: skip
 
 
-TERMS = ("constant", "has_rows", *IterationWork.__dataclass_fields__)
+TERMS = ("constant", "has_rows", "rows_beyond_knee", *IterationWork.__dataclass_fields__)
 
 _INDEX = {term: index for index, term in enumerate(TERMS)}
 
 # Milliseconds of each term before anything was measured, and how far from the truth that may be:
 # a small model on two cores. Wrong by far on a GPU, where the calibration corrects it.
-_PRIOR_MS = np.array([1.0, 10.0, 1.0, 1.0, 1.0, 5.0, 1.0, 2.0, 0.5, 20.0])
+_PRIOR_MS = np.array([1.0, 10.0, 0.1, 1.0, 1.0, 1.0, 5.0, 1.0, 2.0, 0.5, 20.0])
 _PRIOR_SPREAD = 10.0 * _PRIOR_MS
+
+# Candidates for the knee, which the calibration chooses from: up to so many rows a forward mostly
+# waits for the weights, beyond it computes.
+KNEES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class LatencyModel:
@@ -88,10 +98,15 @@ class LatencyModel:
 
     ``ms = c_0 + c . work``, each coefficient at least zero and, once calibrated, within
     :data:`TRUST` of the calibration. Every measured iteration updates it, at the cost of a few
-    operations on a 10 x 10 matrix.
+    operations on a 11 x 11 matrix. A forward's rows have two coefficients, one for those beyond the
+    knee alone: the first ones ride on the weights that are read for the others (the roofline).
+
+    Attributes:
+        knee: rows.
     """
 
     def __init__(self) -> None:
+        self.knee = float(KNEES[2])
         self._coefficients = _PRIOR_MS.copy()
         self._values: list[float] = _PRIOR_MS.tolist()
         self._covariance = np.diag(_PRIOR_SPREAD**2)
@@ -122,8 +137,7 @@ class LatencyModel:
         if len(samples) < len(TERMS):
             raise ValueError(f"{len(samples)} iterations cannot tell {len(TERMS)} terms")
         durations = np.array([duration_ms for _, duration_ms in samples])
-        rows = np.array([work.terms for work, _ in samples]) / durations[:, None]
-        found = _nonnegative_least_squares(rows, np.ones(len(samples)))
+        rows, found = self._fit(samples, durations)
         errors = _standard_errors(rows, found)
         # A term too small to be seen among the others may be as large as this.
         unseen = (
@@ -143,9 +157,28 @@ class LatencyModel:
         self._covariance = np.diag(np.maximum.reduce([0.25 * found, errors, 0.5 * unseen]) ** 2)
         self._usual_error = float(np.mean(np.abs(rows @ found - 1.0)))
 
+    def _fit(
+        self, samples: list[tuple[IterationWork, float]], durations: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The terms of the samples over their durations, and the coefficients; chooses the knee."""
+        ones, best = np.ones(len(samples)), math.inf
+        most = max(work.rows for work, _ in samples)
+        for knee in (k for k in KNEES if k < most or k == KNEES[0]):
+            terms = np.array([work.terms(knee) for work, _ in samples]) / durations[:, None]
+            coefficients = _nonnegative_least_squares(terms, ones)
+            error = float(np.minimum(np.abs(terms @ coefficients - ones), 0.5).mean())
+            if error < best:
+                best, self.knee, rows, found = error, float(knee), terms, coefficients
+        return rows, found
+
     def predict_ms(self, work: IterationWork) -> float:
         """Expected duration of an iteration."""
-        return sum(map(mul, self._values, work.terms))
+        return sum(map(mul, self._values, work.terms(self.knee)))
+
+    def parts_ms(self, work: IterationWork) -> dict[str, float]:
+        """The expected duration by term."""
+        terms = work.terms(self.knee)
+        return dict(zip(TERMS, map(mul, self._values, terms), strict=True))
 
     def cost_ms(self, term: str) -> float:
         """Expected milliseconds of one more unit of a term of :class:`IterationWork`."""
@@ -166,7 +199,7 @@ class LatencyModel:
         if not (math.isfinite(duration_ms) and duration_ms > 0):
             return
         self._num_observed += 1
-        terms = np.array(work.terms)
+        terms = np.array(work.terms(self.knee))
         predicted = self.predict_ms(work)
         if work.has_inference and work.has_finetuning:
             self._learn_margin(duration_ms / max(predicted, 1e-3))

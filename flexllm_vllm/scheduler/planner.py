@@ -166,8 +166,8 @@ class Planner:
 
         Args:
             budget: what its finetuning work may cost. The backward comes first, the forward gets
-                what it leaves: a forward with finetuning rows has costs of its own, so that few
-                large ones are better than a small one in every iteration.
+                what it leaves; where it is better to have both in every iteration
+                (:meth:`Budget.mixed_tokens`), something is kept for it.
         """
         plan = StepPlan(end=self._ended, drop=self.packs.take_dropped())
         self._ended = []
@@ -194,15 +194,21 @@ class Planner:
         for loop in loops:
             if (order := self._guard(loop, TrainingLoop.take_save, loop)) is not None:
                 plan.save.append(order)
+        kept = 0.0
         if left > 0:
             left -= self._plan_steps(loops, left, budget, plan)
-            left -= self._plan_backward(loops, left, budget, plan)
+            # Before the forward, as the worker runs it: a pack that ends makes room for the next.
+            kept = budget.forward_cost(int(min(budget.mixed_tokens(left), budget.max_tokens)))
+            left -= self._plan_backward(loops, left - kept, budget, plan)
             left -= self._plan_steps(loops, left, budget, plan)
-        left -= budget.rows
         # What any forward costs must be worth it, unless there is nothing else to do.
-        if left > 0 and (left >= budget.rows or not (plan.backward or plan.optimize)):
-            tokens = max(1, int(left / budget.forward))
+        worth_it = kept or left >= 2 * budget.rows or not (plan.backward or plan.optimize)
+        if left > budget.rows and worth_it:
+            tokens = max(1, int(budget.forward_tokens(left)))
             self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
+        if kept and not plan.forward:
+            # Nothing was there to run forward.
+            self._plan_backward(loops, left, budget, plan)
         self._leave_out_failed(plan)
 
     def _guard(self, loop: TrainingLoop, work: Callable[..., T], *arguments: Any) -> T | None:

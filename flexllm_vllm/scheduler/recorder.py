@@ -143,6 +143,7 @@ class IterationRecorder:
         if work.has_finetuning:
             kind, share = "finetuning", 1.0
             if work.has_inference:
+                self._stats.mixed_parts(model.parts_ms(work))
                 kind, share = "mixed", 1 - model.predict_ms(inference) / max(predicted_ms, 1e-3)
         backward = iteration.plan.backward
         self.log.add(

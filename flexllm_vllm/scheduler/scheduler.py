@@ -279,6 +279,8 @@ class FinetuningMixin(_Base):
             free_pages=pages.num_free,
             mape=model.mape,
             margin=model.margin,
+            knee=model.knee,
+            costs_ms=model.coefficients,
         )
 
     @staticmethod

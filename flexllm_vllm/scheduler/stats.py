@@ -5,10 +5,12 @@ The engine process only counts. The API processes ask for a snapshot when somebo
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
+
+from flexllm_vllm.scheduler.latency_model import TERMS
 
 Kind = Literal["inference", "finetuning", "mixed"]
 
@@ -66,6 +68,7 @@ class FinetuningStats:
         self._backward_tokens = 0.0
         self._trained_tokens = 0
         self._optimizer_steps = 0
+        self._mixed_parts: dict[str, float] = dict.fromkeys(TERMS, 0.0)
         self._slo_iterations = 0
         self._slo_attained = 0
         self._last_steps: dict[str, _LastStep] = {}
@@ -110,6 +113,12 @@ class FinetuningStats:
         self._forward_tokens += forward_tokens
         self._backward_tokens += backward_tokens
 
+    def mixed_parts(self, parts_ms: Mapping[str, float]) -> None:
+        """Counts what an iteration with inference and finetuning consists of, by the model's terms
+        (:meth:`LatencyModel.parts_ms`)."""
+        for term, part in parts_ms.items():
+            self._mixed_parts[term] += part / 1e3
+
     def optimizer_step(
         self, job_id: str, *, step: int, loss: float, grad_norm: float, tokens: int
     ) -> None:
@@ -127,6 +136,8 @@ class FinetuningStats:
         free_pages: int,
         mape: float,
         margin: float,
+        knee: float,
+        costs_ms: Mapping[str, float],
     ) -> dict[str, Any]:
         """Everything counted, and the state given here, as plain data that msgpack can carry.
 
@@ -137,7 +148,8 @@ class FinetuningStats:
             running_jobs: ids; what is kept of all others is forgotten.
             dropped_packs: since the engine began.
             pages, free_pages: of the activation cache; 0 while no job has needed it.
-            mape, margin: of the latency model.
+            mape, margin, knee: of the latency model.
+            costs_ms: its coefficients, by term.
         """
         # Here and not where jobs end: they end in many ways, and only a scrape shows them.
         self._last_steps = {j: s for j, s in self._last_steps.items() if j in running_jobs}
@@ -147,6 +159,7 @@ class FinetuningStats:
             "activation_cache_usage_perc": (pages - free_pages) / pages if pages else 0.0,
             "latency_model_mape": mape,
             "latency_model_margin": margin,
+            "latency_model_knee_rows": knee,
         }
         return {
             "counters": {
@@ -159,6 +172,8 @@ class FinetuningStats:
                 "slo_attained_iterations": self._slo_attained,
             },
             "gauges": gauges,
+            "costs_ms": dict(costs_ms),
+            "mixed_parts_s": dict(self._mixed_parts),
             "bounds_s": self._bounds,
             "iterations": {kind: sums.as_dict() for kind, sums in self._kinds.items()},
             "jobs": {

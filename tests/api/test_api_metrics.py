@@ -46,11 +46,19 @@ def engine_stats(running: tuple[str, ...] = ("ftjob-a",)) -> dict[str, Any]:
             forward_tokens=32,
             backward_tokens=2.5,
         )
+    stats.mixed_parts({"decode_rows": 50.0, "forward_tokens": 40.0})
     stats.optimizer_step("ftjob-a", step=7, loss=1.25, grad_norm=0.5, tokens=640)
     return {
         "engine": 0,
         **stats.snapshot(
-            running_jobs=running, dropped_packs=4, pages=8, free_pages=6, mape=0.1, margin=1.3
+            running_jobs=running,
+            dropped_packs=4,
+            pages=8,
+            free_pages=6,
+            mape=0.1,
+            margin=1.3,
+            knee=32.0,
+            costs_ms={"forward_tokens": 2.0},
         ),
     }
 
@@ -134,6 +142,7 @@ def test_all_figures_are_exposed_beside_vllms(
         "activation_cache_usage_perc": 0.25,
         "latency_model_mape": 0.1,
         "latency_model_margin": 1.3,
+        "latency_model_knee_rows": 32,
     }.items():
         assert value(text, f"vllm:finetuning_{name}", **OURS) == expected, name
     assert value(text, "vllm:finetuning_jobs_queued", model_name="demo") == 2
@@ -141,6 +150,9 @@ def test_all_figures_are_exposed_beside_vllms(
     assert value(text, "vllm:finetuning_job_loss", **job) == 1.25
     assert value(text, "vllm:finetuning_job_grad_norm", **job) == 0.5
     assert value(text, "vllm:finetuning_job_step", **job) == 7
+    term = {**OURS, "term": "forward_tokens"}
+    assert value(text, "vllm:finetuning_latency_model_cost_seconds", **term) == 0.002
+    assert value(text, "vllm:finetuning_mixed_iteration_part_seconds_total", **term) == 0.04
     mixed = {**OURS, "kind": "mixed"}
     assert value(text, "vllm:finetuning_iterations_total", **mixed) == 1
     assert value(text, "vllm:finetuning_time_seconds_total", **mixed) == 0.045

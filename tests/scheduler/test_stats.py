@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
+from flexllm_vllm.scheduler.latency_model import TERMS, IterationWork, LatencyModel
 from flexllm_vllm.scheduler.stats import FinetuningStats
 
 BOUNDS = [0.01, 0.1, 1.0]
@@ -20,6 +21,8 @@ def snapshot(stats: FinetuningStats, **changes: Any) -> dict[str, Any]:
         "free_pages": 0,
         "mape": 0.2,
         "margin": 1.5,
+        "knee": 16.0,
+        "costs_ms": dict.fromkeys(TERMS, 0.5),
     }
     return stats.snapshot(**{**state, **changes})
 
@@ -107,7 +110,22 @@ def test_the_state_at_the_time_of_the_snapshot() -> None:
     assert gauges["activation_cache_usage_perc"] == 0.25
     assert gauges["latency_model_mape"] == 0.07
     assert gauges["latency_model_margin"] == 1.2
+    assert gauges["latency_model_knee_rows"] == 16.0
     assert snapshot(stats)["gauges"]["activation_cache_usage_perc"] == 0.0
+
+
+def test_mixed_iterations_by_the_terms_of_the_model() -> None:
+    model, stats = LatencyModel(), FinetuningStats(BOUNDS)
+    work = IterationWork(decode_rows=2, has_finetuning_rows=1, forward_tokens=40)
+    for _ in range(3):
+        stats.mixed_parts(model.parts_ms(work))
+    parts = snapshot(stats, costs_ms=model.coefficients)["mixed_parts_s"]
+    assert sum(parts.values()) == pytest.approx(3e-3 * model.predict_ms(work))
+    assert parts["forward_tokens"] == pytest.approx(3e-3 * 40 * model.cost_ms("forward_tokens"))
+    assert parts["rows_beyond_knee"] == pytest.approx(
+        3e-3 * (42 - model.knee) * model.cost_ms("rows_beyond_knee")
+    )
+    assert parts["backward_tokens"] == 0
 
 
 def test_a_snapshot_crosses_to_the_api_process_unchanged() -> None:
