@@ -19,6 +19,7 @@ from flexllm_vllm.jobs.adapter_folder import check_folder
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.patches import engine_core
 from flexllm_vllm.plan import StepPlan
+from flexllm_vllm.scheduler.backward_windows import ModelShape
 from flexllm_vllm.scheduler.budget import LatencyBudget
 from flexllm_vllm.scheduler.calibration import Calibration
 from flexllm_vllm.scheduler.feeder import JobFeeder, NoStore
@@ -26,7 +27,7 @@ from flexllm_vllm.scheduler.hidden_rows import HiddenRows
 from flexllm_vllm.scheduler.iterations import inference_work
 from flexllm_vllm.scheduler.job_runner import JobRunner
 from flexllm_vllm.scheduler.latency_model import IterationWork
-from flexllm_vllm.scheduler.planner import ModelShape, Planner
+from flexllm_vllm.scheduler.planner import Planner
 from flexllm_vllm.scheduler.recorder import InFlight, IterationRecorder
 from flexllm_vllm.scheduler.stats import FinetuningStats
 
@@ -84,7 +85,7 @@ class FinetuningMixin(_Base):
         )
         shape = self._planner.shape
         self._recorder = IterationRecorder(
-            self._clock, self._budget, self._stats, shape.num_layers, self._planner.layers
+            self._clock, self._budget, self._stats, shape.num_layers, self._planner.backward.layers
         )
         self._is_recording = True
         self._calibration: Calibration | None = None

@@ -18,8 +18,8 @@ class _Windows:
             for loop in self._planner.loops.values()
             if loop.job.metadata and (window := loop.job.metadata.get("window"))
         ]
-        self._planner.min_window = 1
-        self._planner.max_window = windows[0] if windows else None
+        self._planner.bounds.least = 1
+        self._planner.bounds.most = windows[0] if windows else None
         return super().schedule(*args, **kwargs)
 
 

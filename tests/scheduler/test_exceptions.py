@@ -14,9 +14,9 @@ from flexllm_vllm.scheduler.training_loop import TrainingLoop
 # Part of one job: no other one fails.
 OF_A_JOB = [
     "loop.start", "loop.open_batch", "loop.close_batch", "loop.step_done", "loop.take_save",
-    "loop.saved", "loop.pack_reported", "loop.serve", "loop.hold", "planner._backward_of",
-    "planner._forward_of", "planner._admit", "planner._advance", "planner.started",
-    "planner.report", "planner._window", "packs.admit", "packs.finish", "rows.fits", "rows.open",
+    "loop.saved", "loop.pack_reported", "loop.serve", "loop.hold", "backward.fill",
+    "forward.fill", "forward._admit", "backward._advance", "planner.started",
+    "planner.report", "bounds.size", "packs.admit", "packs.finish", "rows.fits", "rows.open",
     "rows.extend",
 ]  # fmt: skip
 OF_ALL = [
@@ -54,6 +54,9 @@ def raise_at(pair: Pair, place: str, call: int) -> Callable[[], bool]:
     else:
         owner = {
             "planner": ours.planner,
+            "backward": ours.planner.backward,
+            "forward": ours.planner.forward,
+            "bounds": ours.planner.bounds,
             "packs": ours.planner.packs,
             "rows": ours._rows,
             "budget": ours._budget,

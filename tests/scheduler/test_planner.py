@@ -11,10 +11,11 @@ import pytest
 from flexllm_vllm.data.dataset import DatasetBuilder
 from flexllm_vllm.jobs.types import FinetuningJob, JobStatus, LoraSpec, TrainingSpec
 from flexllm_vllm.plan import AdapterLayout, ForwardWindow, PackResult, StepPlan
+from flexllm_vllm.scheduler.backward_windows import ModelShape
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.pack import Pack, Sequence
 from flexllm_vllm.scheduler.pages import PagePool
-from flexllm_vllm.scheduler.planner import ModelShape, Planner
+from flexllm_vllm.scheduler.planner import Planner
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
 
 LAYERS = 4
