@@ -75,6 +75,11 @@ def check_combination(
             engine_args.quantization,
             "the backward needs plain weights",
         ),
+        "--no-disable-hybrid-kv-cache-manager": (
+            engine_args.disable_hybrid_kv_cache_manager is False,
+            "where only some layers have a sliding window vLLM frees the blocks behind it in those "
+            "alone; the backward has one block table for all",
+        ),
         "--kv-transfer-config": (
             engine_args.kv_transfer_config,
             "a KV connector would see the finetuning rows",
@@ -113,8 +118,7 @@ def apply_to_engine_args(engine_args: Any, config: FinetuningConfig, device: str
             config.max_lora_rank,
         )
         engine_args.max_lora_rank = config.max_lora_rank
-    # Where only some layers have a sliding window vLLM frees the blocks behind it in those alone;
-    # the backward has one block table for all.
+    # For vLLM the flag is open; one who insists on the other setting is refused above.
     engine_args.disable_hybrid_kv_cache_manager = True
     engine_args.scheduler_cls = SCHEDULER
     engine_args.worker_cls = WORKERS[device]

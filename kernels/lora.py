@@ -58,7 +58,7 @@ class NativeLora:
         # Of each row of the products of rank size: the kernels read and write whole vectors.
         self.shrunk_width = len(b) * -(-self.r // native.lanes()) * native.lanes()
         self._targets = (_Target * len(b))()
-        for i, (start, end) in enumerate(columns):
+        for i, (start, end) in enumerate(columns if self.is_usable else ()):
             target = self._targets[i]
             target.a, target.b, target.b_row = a[i].data_ptr(), b[i].data_ptr(), b[i].stride(0)
             target.start, target.end = start, end

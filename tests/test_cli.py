@@ -130,6 +130,7 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--grpc"], "--grpc"),
         (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
          "--speculative-config"),
+        (["--no-disable-hybrid-kv-cache-manager"], "--no-disable-hybrid-kv-cache-manager"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_by_name(

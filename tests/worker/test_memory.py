@@ -22,6 +22,7 @@ from flexllm_vllm.models.base import ActivationPolicy, TrainedLinears
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import build_codec
 from flexllm_vllm.worker.memory import training_bytes
+from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
 from flexllm_vllm.worker.trainer import Trainer, kept_per_token
 
 SIZES = Sizes(layers=3, hidden=1024, heads=16, kv_heads=4, head=64, inner=2816, vocab=32_000)
@@ -79,3 +80,29 @@ def test_room_is_left_for_all_that_a_step_allocates(
     # The inputs of the forward's hooks are vLLM's, and were profiled by it.
     assert peak - cache.num_bytes <= room
     assert room < 1.5 * (peak - cache.num_bytes)
+
+
+class Profiled:
+    """vLLM's worker, as far as it sizes the KV cache."""
+
+    def determine_available_memory(self) -> int:
+        return 10 << 30
+
+
+class SizedWorker(FinetuningWorkerMixin, Profiled):  # type: ignore[misc]
+    def __init__(self, config: FinetuningConfig, kv_cache_memory_bytes: int | None) -> None:
+        self._finetuning = config
+        self._backward = backward_of("llama", SIZES)
+        self.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_kv_cache_gets_what_training_leaves() -> None:
+    config = FinetuningConfig(activation_cache_tokens=TOKENS)
+    worker = SizedWorker(config, None)
+    kept = kept_per_token(worker._backward, "balanced", TrainedLinears.all(SIZES.layers))
+    cache = TOKENS * sum(build_codec(DTYPE, "auto").row_bytes(width) for width in kept.values())
+    taken = cache + training_bytes(worker._backward, config, TOKENS)
+    assert worker.determine_available_memory() == (10 << 30) - taken
+    # A size that the user has chosen is the KV cache's own.
+    assert SizedWorker(config, 4 << 30).determine_available_memory() == 10 << 30
