@@ -1,7 +1,6 @@
 """``Idempotency-Key`` on the creation of files and jobs."""
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,25 +79,20 @@ def test_duplicates_at_the_same_time_create_one_job(
     server: Any, client: openai.OpenAI, upload: Upload
 ) -> None:
     file_id = upload()
-    load, may_go_on = server.service.load_tokenizer, threading.Event()
+    load = server.service.load_tokenizer
+    has_key, may_go_on = threading.Event(), threading.Event()
 
     def slow() -> Any:
-        may_go_on.wait(10)
+        has_key.set()  # claimed before anything is loaded
+        may_go_on.wait(30)
         return load()
 
     server.service.load_tokenizer = slow
     with ThreadPoolExecutor() as pool:
         first = pool.submit(create_job, client, file_id, "1")
-        while True:  # until the first one has the key
-            body = {"model": "demo", "training_file": file_id}
-            url = f"{server.url}/v1/fine_tuning/jobs"
-            with JobStore(server.store.root) as other:
-                try:
-                    other.idempotency.claim(key_of("jobs"), "another request")
-                except RuntimeError:
-                    break
-                other.idempotency.release(key_of("jobs"))
-            time.sleep(0.01)
+        assert has_key.wait(30)
+        body = {"model": "demo", "training_file": file_id}
+        url = f"{server.url}/v1/fine_tuning/jobs"
         answer = httpx.post(url, json=body, headers=headers("1"))
         assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
         assert answer.json()["error"]["code"] == "idempotency_key_pending"
