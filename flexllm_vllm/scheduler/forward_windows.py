@@ -33,13 +33,25 @@ class ForwardWindows:
         self._packs = packs
         self._bounds = bounds
 
-    def fill(self, loop: TrainingLoop, num_tokens: int, plan: StepPlan) -> int:
-        """Plans the next forward windows of a job; returns their tokens, ``num_tokens`` at most."""
+    def fill(
+        self, loop: TrainingLoop, num_tokens: int, plan: StepPlan, may_open: bool = True
+    ) -> int:
+        """Plans the next forward windows of a job.
+
+        Args:
+            loop: of the job.
+            num_tokens: that they may hold.
+            plan: takes them.
+            may_open: whether packs may be opened for it, or only those that are open go on.
+
+        Returns:
+            Their tokens.
+        """
         used = 0
         batch = loop.open_batch()
         for pack in batch.packs if batch else []:
             if pack.phase is PackPhase.WAITING and (
-                used >= num_tokens or not self._admit(loop, pack, plan)
+                used >= num_tokens or not may_open or not self._admit(loop, pack, plan)
             ):
                 break
             if pack.phase is PackPhase.FORWARD:
@@ -48,12 +60,28 @@ class ForwardWindows:
                 loop.serve(size / 3)
         return used
 
+    def starves(self, loop: TrainingLoop) -> bool:
+        """Whether a job has no pack open since the packs of others hold what its next one needs."""
+        batch = loop.batch
+        if batch is None or any(pack.is_open for pack in batch.packs):
+            return False
+        waiting = next((p for p in batch.packs if p.phase is PackPhase.WAITING), None)
+        return waiting is not None and self._packs.stand_in_the_way_of(
+            waiting, self._num_pages(loop, waiting)
+        )
+
+    @staticmethod
+    def _num_pages(loop: TrainingLoop, pack: Pack) -> int:
+        """Pages of the activation cache that a pack of a job's batch needs."""
+        assert loop.batch is not None
+        return -(-pack.num_rows // tokens_per_page(loop, loop.batch.kind))
+
     def _admit(self, loop: TrainingLoop, pack: Pack, plan: StepPlan) -> bool:
         """Opens a pack if pages and KV blocks are there for all of it."""
         assert loop.batch is not None
         assert loop.layout is not None
         kind = loop.batch.kind
-        num_pages = -(-pack.num_rows // tokens_per_page(loop, kind))
+        num_pages = self._num_pages(loop, pack)
         lora = LoRARequest(
             f"finetuning-{loop.job.id}", loop.job.adapter_int_id, "in the worker's memory"
         )

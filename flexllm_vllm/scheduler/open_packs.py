@@ -5,7 +5,7 @@ from collections.abc import Collection
 from vllm.lora.request import LoRARequest
 
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows
-from flexllm_vllm.scheduler.pack import Pack, PackPhase
+from flexllm_vllm.scheduler.pack import Pack, PackPhase, Sequence
 from flexllm_vllm.scheduler.pages import PagePool
 
 
@@ -45,20 +45,38 @@ class OpenPacks:
             num_pages: that it needs.
             lora: the adapter of its rows; None for the base model.
         """
-        # Blocks that open packs will still ask for are not free, or two would wait for each other.
-        promised = sum(
-            s.num_blocks(self.rows.block_size) - -(-s.done // self.rows.block_size)
-            for other in self._packs.values()
-            if other.phase is PackPhase.FORWARD
-            for s in other.sequences
-        )
-        if num_pages > self.pages.num_free or not self.rows.fits(pack, promised):
+        if not self._fits(pack, num_pages):
             return False
         pack.pages = self.pages.take(num_pages)
         pack.phase = PackPhase.FORWARD
         self._packs[pack.pack_id] = pack
         self.rows.open(pack, lora)
         return True
+
+    def _fits(self, pack: Pack, num_pages: int) -> bool:
+        # Blocks that open packs will still ask for are not free, or two would wait for each other.
+        promised = sum(
+            s.num_blocks(self.rows.block_size) - self._blocks(s)
+            for other in self._packs.values()
+            if other.phase is PackPhase.FORWARD
+            for s in other.sequences
+        )
+        return num_pages <= self.pages.num_free and self.rows.fits(pack, promised)
+
+    def _blocks(self, sequence: Sequence) -> int:
+        """KV blocks that a sequence of an open pack has so far."""
+        return -(-sequence.done // self.rows.block_size)
+
+    def stand_in_the_way_of(self, pack: Pack, num_pages: int) -> bool:
+        """Whether a pack that waits can be admitted once those that are open have ended, and not
+        before."""
+        held = sum(
+            self._blocks(s)
+            for other in self._packs.values()
+            if other.is_open
+            for s in other.sequences
+        )
+        return not self._fits(pack, num_pages) and self.rows.fits(pack, -held)
 
     def finish(self, pack: Pack) -> None:
         """A pack's backward is planned to its end: it needs its blocks and pages no more."""

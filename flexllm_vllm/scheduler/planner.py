@@ -236,8 +236,13 @@ class Planner:
         return used
 
     def _plan_forward(self, loops: list[TrainingLoop], num_tokens: int, plan: StepPlan) -> None:
+        may_open = True
         for loop in loops:
-            num_tokens -= self._guard(loop, self.forward.fill, loop, num_tokens, plan) or 0
+            used = self._guard(loop, self.forward.fill, loop, num_tokens, plan, may_open)
+            num_tokens -= used or 0
+            # Those after it have had more. Were they to take every page and block that becomes
+            # free, a job with long examples would never get together what it needs.
+            may_open = may_open and not self.forward.starves(loop)
 
     # -- results -----------------------------------------------------------------------------
 

@@ -214,6 +214,22 @@ def test_a_job_of_twice_the_weight_gets_twice_the_steps(tmp_path: Path) -> None:
     assert worker.steps["b"] == pytest.approx(2 * worker.steps["a"], rel=0.1)
 
 
+def test_a_job_with_long_examples_is_not_starved_by_many_with_short_ones(tmp_path: Path) -> None:
+    """Its packs need 13 of 14 pages, those of the others 2 each, and never end together."""
+    planner, _, worker = make()
+    layout = replace(LAYOUT, num_pages=14)
+    make_loop(planner, "long", [105] * 40, tmp_path, batch_size=1, layout=layout)
+    for i in range(4):
+        lengths = [17] * (300 + i)
+        make_loop(planner, f"short-{i}", lengths, tmp_path, batch_size=1, layout=layout)
+    for _ in range(600):
+        worker.run(8)
+    tokens = {name: loop.service for name, loop in planner.loops.items()}
+    # Until one of its packs has run, 105 tokens, the others wait.
+    assert tokens["long"] > 0
+    assert max(tokens.values()) - min(tokens.values()) <= 2 * 105
+
+
 def test_a_removed_job_gives_everything_back(tmp_path: Path) -> None:
     planner, rows, worker = make()
     make_loop(planner, "a", [60, 70, 40, 90], tmp_path)
