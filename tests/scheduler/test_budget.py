@@ -2,6 +2,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_latency_model import machine
 
 from flexllm_vllm.scheduler.budget import (
@@ -9,6 +11,7 @@ from flexllm_vllm.scheduler.budget import (
     IDLE_MULTIPLE,
     LINGER,
     PATIENCE,
+    Budget,
     LatencyBudget,
 )
 from flexllm_vllm.scheduler.latency_model import IterationWork
@@ -114,3 +117,37 @@ def test_tokens_are_bounded_whatever_the_target_allows() -> None:
         work, _ = simulated.iteration(DECODING)
         assert work.forward_tokens <= 62
     assert simulated.budget.budget(replace(DECODING, prefill_tokens=100.0), 100.0).max_tokens == 0
+
+
+COSTS = st.floats(0.01, 50.0)
+
+
+@given(
+    forward=COSTS, backward=COSTS, rows=COSTS, window=COSTS, beyond=st.floats(0.0, 50.0),
+    room=st.floats(0.0, 300.0), limit=st.floats(1.0, 1000.0),
+)  # fmt: skip
+def test_what_fits_into_a_limit_costs_as_much_as_it(
+    forward: float, backward: float, rows: float, window: float, beyond: float, room: float,
+    limit: float,
+) -> None:  # fmt: skip
+    budget = Budget(limit, forward, backward, 10_000, rows, window, 0.0, room, beyond)
+    tokens = budget.forward_tokens(limit)
+    if tokens > 0:
+        assert budget.forward_cost(tokens) == pytest.approx(limit)
+    else:
+        assert rows >= limit
+    together = budget.mixed_tokens(limit)
+    if together > 0:
+        cost = budget.forward_cost(together) + window + together * backward
+        assert cost == pytest.approx(limit)
+        assert together == budget.tokens(limit)
+    in_turn = min(tokens, 10_000) and max(0.0, limit - window) / backward
+    if together < 1 and in_turn:
+        assert budget.tokens(limit) >= 1 / (1 / min(tokens, 10_000) + 1 / in_turn) - 1e-6
+
+
+def test_together_where_the_first_rows_ride_and_in_turn_where_a_forward_is_dear() -> None:
+    ride = Budget(60.0, 0.2, 4.0, 256, rows=1.0, window=1.0, room=15.0, beyond=2.0)
+    dear = Budget(60.0, 2.0, 4.0, 256, rows=30.0, window=1.0)
+    assert ride.mixed_tokens(60.0) == pytest.approx((60 - 1 - 1) / 4.2)
+    assert dear.mixed_tokens(60.0) == 0

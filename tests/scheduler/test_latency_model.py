@@ -93,3 +93,34 @@ def test_costs_are_never_negative() -> None:
         model.observe(work, 100 / tokens)
     assert model.cost_ms("forward_tokens") >= 0
     assert model.predict_ms(IterationWork(decode_rows=1, forward_tokens=500)) >= 0
+
+
+def roofline(work: IterationWork) -> float:
+    """Milliseconds on a machine that reads its weights in the time that it computes 32 rows."""
+    return (
+        2
+        + max(30.0, 30.0 / 32 * work.rows)
+        + 3 * work.has_finetuning_rows
+        + 2 * (work.backward_tokens)
+    )
+
+
+def test_the_calibration_finds_the_knee_of_a_roofline() -> None:
+    model = LatencyModel()
+    samples = []
+    for decode in (0.0, 1.0, 4.0):
+        for forward in (0.0, 4.0, 16.0, 32.0, 64.0, 128.0):
+            work = IterationWork(
+                decode_rows=decode,
+                has_finetuning_rows=float(forward > 0),
+                forward_tokens=forward,
+                backward_tokens=8.0 if forward in (0.0, 16.0) else 0.0,
+            )
+            if work.rows:
+                samples.append((work, roofline(work)))
+    model.calibrate(samples)
+    assert model.knee == 32
+    for work, ms in samples:
+        assert model.predict_ms(work) == pytest.approx(ms, rel=0.03)
+    parts = model.parts_ms(samples[-1][0])
+    assert sum(parts.values()) == pytest.approx(model.predict_ms(samples[-1][0]))
