@@ -13,7 +13,7 @@ PACKAGE = "flexllm_vllm"
 MAY_IMPORT = {
     "kernels": {"kernels", "log"},
     "kernels/triton": {"kernels"},
-    "patches": {"patches", "api", "flags"},
+    "patches": {"patches", "kernels", "api", "flags"},
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/adapter_files": {"adapter_files", "log"},
