@@ -3,8 +3,7 @@
 vLLM turns compilation off on CPU as soon as LoRA is enabled, so that a server that merely could
 serve an adapter decodes the base model more slowly. Here the model is compiled as if it had no
 LoRA: the graph is the one of a server without it. A batch that holds an adapter's row, or whose
-activations are captured for finetuning, runs the model eagerly as it does in vLLM
-(``eager_batches.py``).
+activations are captured for finetuning, runs a second graph (``cpu_adapter_graph.py``).
 Why a patch: the switch is hard-coded (``CpuPlatform.check_and_update_config``), and the wrapped
 layers have no way around their adapter.
 Fits vLLM 0.32. Needless once vLLM compiles LoRA on CPU and skips it where no row has an adapter;
@@ -19,7 +18,7 @@ import torch
 
 from flexllm_vllm.kernels.rms_norm import add_rms_norm_, rms_norm
 from flexllm_vllm.kernels.swiglu import swiglu
-from flexllm_vllm.patches import require
+from flexllm_vllm.patches import cpu_adapter_graph, require
 
 
 def apply_to_platform(applies: Callable[[Any], bool]) -> None:
@@ -62,13 +61,19 @@ def apply_to_layers() -> None:
     @functools.wraps(linear)
     def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return self.base_layer.quant_method.apply(self.base_layer, x, bias)
+            y = self.base_layer.quant_method.apply(self.base_layer, x, bias)
+            if cpu_adapter_graph.is_traced():
+                torch.ops.flexllm_vllm.add_adapters(y, x, self.adapter_path)
+            return y
         return linear(self, x, bias)
 
     @functools.wraps(embedding)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return self.base_layer.forward(x)
+            y = self.base_layer.forward(x)
+            if cpu_adapter_graph.is_traced():
+                torch.ops.flexllm_vllm.add_embedding_adapters(y, x, self.adapter_path)
+            return y
         return embedding(self, x)
 
     apply._finetuning = True  # type: ignore[attr-defined]
@@ -77,10 +82,10 @@ def apply_to_layers() -> None:
 
 
 def use_fast_operations(model: torch.nn.Module) -> None:
-    """For batches that run eagerly, of a model that is compiled by now: under the compiler vLLM's
-    operations are written in torch, to be fused; run eagerly they are slower than those in C++. Of
-    256 rows vLLM's own SwiGLU takes 1.3 ms where ours takes 0.3, and a norm of a few rows waits for
-    threads that it does not need. The graph exists already and is not concerned."""
+    """For a model that is not compiled (``--enforce-eager``), whose operations may be written in
+    torch, to be fused: run eagerly they are slower than those in C++. Of 256 rows vLLM's own SwiGLU
+    takes 1.3 ms where ours takes 0.3, and a norm of a few rows waits for threads that it does not
+    need. Graphs that exist already are not concerned."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.layernorm import RMSNorm

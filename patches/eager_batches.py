@@ -16,7 +16,12 @@ import torch
 from flexllm_vllm.patches import require
 
 
-def apply(runner: Any, model: torch.nn.Module, needs_eager: Callable[[], bool]) -> None:
+def apply(
+    runner: Any,
+    model: torch.nn.Module,
+    needs_eager: Callable[[], bool],
+    select_graph: Callable[[bool], object] | None = None,
+) -> None:
     """Has each forward choose between graphs, compiled or captured, and the layers themselves.
 
     Both runners choose a CUDA graph before they prepare a batch; the compiled graph is chosen when
@@ -26,12 +31,17 @@ def apply(runner: Any, model: torch.nn.Module, needs_eager: Callable[[], bool]) 
         runner: vLLM's model runner.
         model: vLLM's model.
         needs_eager: whether the batch that is about to run must run layer by layer.
+        select_graph: where there is a compiled graph for such batches too, what selects it (given
+            True) or the usual one; then none runs layer by layer.
     """
 
     from vllm.forward_context import get_forward_context
 
     def choose(*_: Any) -> None:
-        get_forward_context().skip_compiled = needs_eager()
+        if select_graph is None:
+            get_forward_context().skip_compiled = needs_eager()
+        else:
+            select_graph(needs_eager())
 
     model.register_forward_pre_hook(choose)
     if hasattr(runner, "input_batch"):

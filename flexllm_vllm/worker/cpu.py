@@ -1,11 +1,16 @@
 """vLLM's CPU worker, extended."""
 
+from collections.abc import Callable
+
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.kernels import native
+from flexllm_vllm.models.base import Capture
 from flexllm_vllm.patches import (
+    compile_cache,
+    cpu_adapter_graph,
     cpu_attention_layout,
     cpu_compilation,
     cpu_linear_weights,
@@ -13,6 +18,9 @@ from flexllm_vllm.patches import (
 )
 from flexllm_vllm.worker.kv_layout import check_cpu_layout
 from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
+
+# Rows of the batch that a graph is traced with; it holds for any number.
+GRAPH_ROWS = 32
 
 
 class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
@@ -23,14 +31,29 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_lora_ops.apply()
         cpu_compilation.apply_to_layers()
+        compile_cache.apply(KEY)
         native.library()  # compiled at the first start on a machine, not during the first job
 
     def _check_kv_layout(self) -> None:
         check_cpu_layout(self.model_runner, self._backward)
 
-    def _prepare_eager(self, model: torch.nn.Module) -> None:
-        cpu_lora_ops.know_ranks(self._lora_manager)
+    def _prepare_eager(
+        self, model: torch.nn.Module, capture: Capture
+    ) -> Callable[[bool], object] | None:
+        manager, runner = self._lora_manager, self.model_runner
+        cpu_lora_ops.know_ranks(manager)
+        num_rows = min(GRAPH_ROWS, self.scheduler_config.max_num_batched_tokens)
+        graph = cpu_adapter_graph.build(
+            model,
+            manager.modules,
+            self._backward.install_capture,
+            capture,
+            lambda: runner._dummy_run(num_rows),
+        )
+        if graph is not None:
+            return graph.select
         cpu_compilation.use_fast_operations(model)
+        return None
 
     def _needs_eager(self) -> bool:
         """Rows with an adapter too: the compiled graph is that of the base model."""

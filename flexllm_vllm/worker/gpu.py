@@ -4,6 +4,7 @@ import torch
 from vllm.model_executor.custom_op import CustomOp
 from vllm.v1.worker.gpu_worker import Worker
 
+from flexllm_vllm.models.base import Capture
 from flexllm_vllm.worker.kv_layout import check_gpu_layout
 from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
 
@@ -14,7 +15,7 @@ class FinetuningGPUWorker(FinetuningWorkerMixin, Worker):
     def _check_kv_layout(self) -> None:
         check_gpu_layout(self.model_runner, self._backward)
 
-    def _prepare_eager(self, model: torch.nn.Module) -> None:
+    def _prepare_eager(self, model: torch.nn.Module, capture: Capture) -> None:
         """Under the compiler vLLM's operations are written in torch, to be fused; run eagerly they
         are slower than its own kernels. The graphs exist already and are not concerned."""
         for module in model.modules():

@@ -1,6 +1,7 @@
 """A worker of vLLM's, extended: it runs the finetuning part of each iteration's plan."""
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
-from flexllm_vllm.models.base import ActivationPolicy, TrainedLinears
+from flexllm_vllm.models.base import ActivationPolicy, Capture, TrainedLinears
 from flexllm_vllm.patches import eager_batches
 from flexllm_vllm.plan import SaveAdapter, StepPlan, StepResult
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
@@ -77,8 +78,20 @@ class FinetuningWorkerMixin(_Base):
         """
         raise NotImplementedError
 
-    def _prepare_eager(self, model: torch.nn.Module) -> None:
-        """Prepares the model, which is compiled by now, for batches that run its layers eagerly."""
+    def _prepare_eager(
+        self, model: torch.nn.Module, capture: Capture
+    ) -> Callable[[bool], object] | None:
+        """Prepares the model, which is compiled by now, for batches that need another graph.
+
+        Args:
+            model: vLLM's model.
+            capture: what a graph of theirs hands the activations to.
+
+        Returns:
+            What selects the compiled graph of these batches (True) or the usual one; None where
+            they run the model's layers eagerly.
+        """
+        raise NotImplementedError
 
     def _needs_eager(self) -> bool:
         """Whether the batch that is about to run must run the model's layers themselves, outside
@@ -148,8 +161,8 @@ class FinetuningWorkerMixin(_Base):
         self._trainer = Trainer(model, self._policy, cache, slots)
         self._batch_order = follow_batch_order(runner)
         self._model.register_forward_pre_hook(self._before_forward)
-        eager_batches.apply(runner, self._model, self._needs_eager)
-        self._prepare_eager(self._model)
+        select_graph = self._prepare_eager(self._model, self._trainer.capture)
+        eager_batches.apply(runner, self._model, self._needs_eager, select_graph)
 
     @property
     def _lora_manager(self) -> Any:

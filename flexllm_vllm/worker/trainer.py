@@ -141,7 +141,7 @@ class Trainer:
             self._score_layout.tokens_per_page,
         )
         if self._remove_hooks is None:
-            self._remove_hooks = self.model.install_capture(self._capture)
+            self._remove_hooks = self.model.install_capture(self.capture)
 
     def _end(self, job_id: str) -> None:
         for pack_id in [i for i, p in self.packs.items() if p.spec.job_id == job_id]:
@@ -322,7 +322,8 @@ class Trainer:
         """The forward is over: the next one captures nothing unless it is told to."""
         self._captures = []
 
-    def _capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
+    def capture(self, layer: int, name: str, x: torch.Tensor, addend: torch.Tensor | None) -> None:
+        """Keeps the finetuning rows of ``x``, or of ``x + addend``, if their packs want them."""
         key = (layer, name)
         for capture in list(self._captures):
             if key not in capture.kept.layout.widths or capture.job_id in self._failed:

@@ -180,21 +180,26 @@ def on_worker_keep(worker: Any, policy: str, dtype: str = "auto") -> None:
 
 
 def on_worker_record_paths(worker: Any) -> bool:
-    """Notes for each forward from now on whether it runs the compiled graph; False without one."""
+    """Notes for each forward from now on which graph it runs; False where none is compiled."""
     from vllm.forward_context import get_forward_context
 
-    if worker.model_runner.model.model.do_not_compile:
+    model = worker.model_runner.model
+    if model.model.do_not_compile:
         return False
-    worker.compiled_forwards = []
-    worker.model_runner.model.register_forward_pre_hook(
-        lambda *_: worker.compiled_forwards.append(not get_forward_context().skip_compiled)
-    )
+    worker.paths = []
+
+    def note(*_: Any) -> None:
+        has_adapters = type(model.model).__name__.endswith("WithAdapters")
+        graph = "with adapters" if has_adapters else "base"
+        worker.paths.append("layers" if get_forward_context().skip_compiled else graph)
+
+    model.register_forward_pre_hook(note)
     return True
 
 
-def on_worker_take_paths(worker: Any) -> list[bool]:
+def on_worker_take_paths(worker: Any) -> list[str]:
     """What was noted since the last call."""
-    taken, worker.compiled_forwards = worker.compiled_forwards, []
+    taken, worker.paths = worker.paths, []
     return taken
 
 

@@ -231,20 +231,30 @@ def test_compressed_activations_cost_what_the_documentation_says(
     engine.keep("balanced")
 
 
-def test_only_forwards_with_adapter_rows_leave_the_compiled_graph(engine: Engine) -> None:
+def test_only_forwards_with_adapter_rows_leave_the_graph_of_the_base_model(engine: Engine) -> None:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     if not engine.llm.collective_rpc(harness.on_worker_record_paths)[0]:
         return  # one of the engines is compiled
-    greedy = SamplingParams(max_tokens=4, temperature=0)
-    engine.llm.generate({"prompt_token_ids": [5, 6, 7]}, greedy, use_tqdm=False)
-    (paths,) = engine.llm.collective_rpc(harness.on_worker_take_paths)
-    assert paths
-    assert all(paths)
+    served = LoRARequest("served", 1, str(random_adapter(engine.model, engine.folder / "served")))
+    params = SamplingParams(max_tokens=4, temperature=0)
+
+    def paths() -> set[str]:
+        return set(engine.llm.collective_rpc(harness.on_worker_take_paths)[0])
+
+    prompt: Any = {"prompt_token_ids": [5, 6, 7]}
+    engine.llm.generate(prompt, params, use_tqdm=False)
+    assert paths() == {"base"}
+    engine.llm.generate(prompt, params, use_tqdm=False, lora_request=served)
+    assert paths() == {"with adapters"}
+    engine.llm.generate([prompt] * 2, params, use_tqdm=False, lora_request=[None, served])
+    assert "layers" not in paths()
     engine.train(random_examples([20]), LoraSpec(r=8, lora_alpha=16), batch_size=1, n_epochs=1)
     engine.gradients()
-    (paths,) = engine.llm.collective_rpc(harness.on_worker_take_paths)
-    assert not all(paths)
+    trained = paths()
+    assert "with adapters" in trained
+    assert "layers" not in trained
 
 
 def test_a_fresh_adapter_starts_as_peft_starts_it(engine: Engine) -> None:

@@ -1,0 +1,40 @@
+"""Compiled graphs are found again whatever the finetuning flags are.
+
+vLLM keeps compiled graphs on disk under a hash of its whole configuration, what plugins put into
+``additional_config`` among it: another ``--finetuning-dir`` or latency target would compile the
+model anew, which takes minutes on a small machine. No graph depends on it. Why a patch: the hash of
+``additional_config`` is taken of all of it.
+Fits vLLM 0.32 (``VllmConfig.compute_hash``). Needless once a plugin can say what its part of
+``additional_config`` means to the graph.
+"""
+
+import copy
+import functools
+from typing import Any
+
+from flexllm_vllm.patches import require
+
+
+def apply(key: str) -> None:
+    """Leaves this key of ``additional_config`` out of the hash; once in a process.
+
+    Args:
+        key: what the plugin keeps there.
+    """
+    from vllm.config import VllmConfig
+
+    compute = require(VllmConfig, "compute_hash")
+    if getattr(compute, "_finetuning", False):
+        return
+
+    @functools.wraps(compute)
+    def compute_hash(self: Any) -> str:
+        others = self.additional_config
+        if isinstance(others, dict) and key in others:
+            others = {name: value for name, value in others.items() if name != key}
+            self = copy.copy(self)
+            self.additional_config = others
+        return str(compute(self))
+
+    compute_hash._finetuning = True  # type: ignore[attr-defined]
+    VllmConfig.compute_hash = compute_hash
