@@ -12,6 +12,8 @@ import copy
 import functools
 from typing import Any
 
+import torch
+
 from flexllm_vllm.patches import require
 
 
@@ -38,3 +40,25 @@ def apply(key: str) -> None:
 
     compute_hash._finetuning = True  # type: ignore[attr-defined]
     VllmConfig.compute_hash = compute_hash
+
+
+def load_plain_functions() -> None:
+    """Has vLLM load the graphs of its CPU back-end, which it saves and then cannot load.
+
+    Those of its own back-end have ``finalize_loading``; the CPU's are functions of inductor's,
+    which have nothing to finalize. Without this the model is compiled anew at every start.
+    """
+    load = require(torch.compiler, "load_compiled_function")
+    if getattr(load, "_finetuning", False):
+        return
+
+    @functools.wraps(load)
+    def load_function(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda _: None
+        return loaded
+
+    load_function._finetuning = True  # type: ignore[attr-defined]
+    torch.compiler.load_compiled_function = load_function

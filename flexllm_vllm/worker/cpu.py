@@ -32,6 +32,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_lora_ops.apply()
         cpu_compilation.apply_to_layers()
         compile_cache.apply(KEY)
+        compile_cache.load_plain_functions()
         native.library()  # compiled at the first start on a machine, not during the first job
 
     def _check_kv_layout(self) -> None:

@@ -169,9 +169,9 @@ def _forward(run: Trainer, sizes: Sizes, num_rows: int) -> None:
     for layer in range(sizes.layers):
         for name, width in widths.items():
             addend = empty(num_rows, width) if name in ("hidden", "middle") else None
-            run._capture(layer, name, empty(num_rows, width), addend)
+            run.capture(layer, name, empty(num_rows, width), addend)
     hidden, addend = empty(num_rows, sizes.hidden), empty(num_rows, sizes.hidden)
-    run._capture(sizes.layers, "hidden", hidden, addend)
+    run.capture(sizes.layers, "hidden", hidden, addend)
 
 
 def backward_of(family: str, sizes: Sizes) -> LlamaBackward:
