@@ -43,7 +43,7 @@ def command(port: int, folder: Path) -> list[str]:
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path | None) -> None:
     """Returns when the server answers; exits with the end of its log if it does not come up."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:

@@ -36,11 +36,11 @@ class Server:
         model: folder of the model.
         log: file for its output.
         flags: of the command line, after the ones that every test server has.
-        compiled: as a user's server is; a minute more to start.
+        compiled: as a user's server is; minutes more where a machine has not compiled it yet.
     """
 
     def __init__(
-        self, model: Path, log: Path, *flags: str, compiled: bool = False, timeout: float = 240
+        self, model: Path, log: Path, *flags: str, compiled: bool = False, timeout: float = 600
     ) -> None:
         if not compiled:
             flags = (*flags, "--enforce-eager")
