@@ -36,7 +36,7 @@ class Ceilings:
     """Finetuning at a load, as shares of alone.
 
     Attributes:
-        noise: 99th percentile of stock's gaps over their median.
+        noise: 99th percentile of stock's gaps over their median, with one stream.
         free: what the latency model allows at most.
         with_noise: of iterations planned so much shorter that noise leaves 99 of 100 in time.
         reached: what was measured.
@@ -54,7 +54,9 @@ def ceilings(cells: Cells, load: str) -> Ceilings | None:
     mixed = ours and ours["training"].get("mixed")
     if not (ours and mixed and stock and whole and stock["latency"]["itl_p50_ms"]):
         return None
-    noise = stock["latency"]["itl_p99_ms"] / stock["latency"]["itl_p50_ms"]
+    # With one stream no other's prompt comes between two tokens: what is left is the machine's.
+    alike = cells.get("busy-1/stock", stock)
+    noise = alike["latency"]["itl_p99_ms"] / alike["latency"]["itl_p50_ms"]
     most = FinetuningConfig.max_tokens
     free, with_noise = (ceiling(mixed, factor, most) / whole for factor in (1.0, noise))
     return Ceilings(noise, free, with_noise, trained(ours) / whole)

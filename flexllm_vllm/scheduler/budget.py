@@ -166,7 +166,8 @@ class LatencyBudget:
         window, rows = model.cost_ms("backward_windows"), model.cost_ms("has_finetuning_rows")
         if not inference.has_inference:
             rows += model.cost_ms("has_rows")
-        total = max(0.0, target_ms / model.margin - model.predict_ms(inference))
+        kept_free = model.margin * model.pace
+        total = max(0.0, target_ms / kept_free - model.predict_ms(inference))
         if not inference.has_inference or self._left_out >= PATIENCE:
             total = max(total, self._least())
         # Backward windows may fit where a forward's fixed cost does not, and soon lack packs.

@@ -280,6 +280,7 @@ class FinetuningMixin(_Base):
             free_pages=pages.num_free,
             mape=model.mape,
             margin=model.margin,
+            pace=model.pace,
             knee=model.knee,
             costs_ms=model.coefficients,
         )

@@ -57,6 +57,7 @@ def engine_stats(running: tuple[str, ...] = ("ftjob-a",)) -> dict[str, Any]:
             free_pages=6,
             mape=0.1,
             margin=1.3,
+            pace=1.1,
             knee=32.0,
             costs_ms={"forward_tokens": 2.0},
         ),
@@ -142,6 +143,7 @@ def test_all_figures_are_exposed_beside_vllms(
         "activation_cache_usage_perc": 0.25,
         "latency_model_mape": 0.1,
         "latency_model_margin": 1.3,
+        "latency_model_pace": 1.1,
         "latency_model_knee_rows": 32,
     }.items():
         assert value(text, f"vllm:finetuning_{name}", **OURS) == expected, name

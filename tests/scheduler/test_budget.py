@@ -27,6 +27,7 @@ class Machine:
         self.budget = budget
         self.rows_ms = rows_ms
         self.noise = noise
+        self.speed = 1.0
         self.rng = random.Random(0)
 
     def iteration(self, inference: IterationWork) -> tuple[IterationWork, float]:
@@ -39,8 +40,10 @@ class Machine:
             forward_tokens=float(forward),
             backward_tokens=half / allowed.backward,
         )
-        ms = (machine(work) + self.rows_ms * work.has_finetuning_rows) * self.rng.lognormvariate(
-            0, self.noise
+        ms = (
+            self.speed
+            * (machine(work) + self.rows_ms * work.has_finetuning_rows)
+            * self.rng.lognormvariate(0, self.noise)
         )
         self.budget.observe(work, ms)
         return work, ms
@@ -53,6 +56,17 @@ def test_iterations_stay_within_the_target_and_fill_it() -> None:
     measured = [machine.iteration(DECODING)[1] for _ in range(2000)]
     assert sum(ms <= 120.0 for ms in measured) >= 0.98 * len(measured)
     assert sum(measured) / len(measured) > 0.75 * 120.0
+
+
+def test_of_slow_iterations_in_a_row_at_most_the_first_is_late() -> None:
+    machine = Machine(LatencyBudget(512, tpot_slo_ms=120.0))
+    for _ in range(20):
+        for _ in range(25):
+            machine.iteration(DECODING)
+        machine.speed = 1.6
+        slow = [machine.iteration(DECODING)[1] for _ in range(5)]
+        machine.speed = 1.0
+    assert max(slow[1:]) < 120.0
 
 
 def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:

@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -124,3 +125,33 @@ def test_the_calibration_finds_the_knee_of_a_roofline() -> None:
         assert model.predict_ms(work) == pytest.approx(ms, rel=0.03)
     parts = model.parts_ms(samples[-1][0])
     assert sum(parts.values()) == pytest.approx(model.predict_ms(samples[-1][0]))
+
+
+def test_a_machine_that_is_slow_for_some_iterations_in_a_row_needs_less_of_a_margin() -> None:
+    def margin(correlation: float) -> float:
+        model, rng = LatencyModel(), random.Random(4)
+        slowness, spread = 0.0, 0.15
+        for _ in range(3000):
+            fresh = rng.gauss(0, spread * math.sqrt(1 - correlation**2))
+            slowness = correlation * slowness + fresh
+            work = some_work(rng)
+            model.observe(work, machine(work) * math.exp(slowness))
+        return model.margin
+
+    assert margin(0.7) < margin(0.0) - 0.08
+
+
+@pytest.mark.parametrize(("in_a_row", "least", "most"), [(5, 1.15, 1.5), (1, 1.0, 1.1)])
+def test_slow_iterations_are_expected_to_go_on_where_they_usually_do(
+    in_a_row: int, least: float, most: float
+) -> None:
+    model, rng = LatencyModel(), random.Random(5)
+    learn(model, rng, 600)
+    for _ in range(60):
+        learn(model, rng, 20)
+        before = model.pace
+        for _ in range(in_a_row):
+            work = some_work(rng)
+            model.observe(work, 1.5 * machine(work))
+    assert 0.9 < before < 1.1
+    assert least < model.pace < most
