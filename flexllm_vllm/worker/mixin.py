@@ -91,7 +91,7 @@ class FinetuningWorkerMixin(_Base):
             What selects the compiled graph of these batches (True) or the usual one; None where
             they run the model's layers eagerly.
         """
-        raise NotImplementedError
+        return None
 
     def _needs_eager(self) -> bool:
         """Whether the batch that is about to run must run the model's layers themselves, outside
