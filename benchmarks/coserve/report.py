@@ -163,9 +163,10 @@ def _time(cells: Cells, loads: list[str]) -> list[str]:
     ]
     for load in loads:
         if found := ceilings(cells, load):
+            part = "-" if found.share is None else f"{found.share:.1%}"
             lines.append(
                 f"| {load} | {found.noise:.2f} | {found.free:.1%} | {found.with_noise:.1%} | "
-                f"{found.reached:.1%} | {found.reached / found.with_noise:.1%} |"
+                f"{found.reached:.1%} | {part} |"
             )
     return lines
 

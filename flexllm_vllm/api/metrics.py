@@ -53,7 +53,7 @@ GAUGES = {
     "activation_cache_pages": "Pages of the activation cache.",
     "activation_cache_usage_perc": "Activation-cache usage. 1 means 100 percent usage.",
     "latency_model_mape": "Mean absolute error of predicted iteration times. 1 means 100 percent.",
-    "latency_model_margin": "Factor on predictions so that 995 of 1000 iterations stay below.",
+    "latency_model_margin": "Factor on predictions so that few iterations are late.",
     "latency_model_pace": "Duration of the last iterations over what was predicted.",
     "latency_model_knee_rows": "Rows of a forward beyond which each costs more.",
 }

@@ -215,7 +215,9 @@ class LatencyBudget:
         fixed = sum(model.cost_ms(term) for term in terms)
         return fixed + MIN_IDLE_TOKENS * token
 
-    def observe(self, work: IterationWork, duration_ms: float) -> None:
-        """Learns from an iteration."""
+    def observe(
+        self, work: IterationWork, duration_ms: float, target_ms: float | None = None
+    ) -> None:
+        """Learns from an iteration; its target is None where there was no finetuning to do."""
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
-        self.model.observe(work, duration_ms)
+        self.model.observe(work, duration_ms, target_ms)

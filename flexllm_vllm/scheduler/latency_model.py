@@ -1,12 +1,12 @@
 """Predicts how long an iteration takes from what it holds, and learns from each one measured."""
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
 from dataclasses import dataclass
 from operator import mul
 
 import numpy as np
+
+from flexllm_vllm.scheduler.margin import Margin
 
 # How far a coefficient may drift from one iteration to the next in which its term occurs, relative:
 # a machine that slows down, or another mix of requests, is followed within tens of iterations.
@@ -23,15 +23,6 @@ TRUST = 4.0
 TRUST_ERRORS = 3.0
 # Iterations after which a model that was not calibrated has found its costs.
 SETTLED = 20
-# Iterations that a margin is learnt from, and before which it is MARGIN_AT_START.
-RESIDUALS = 512
-MIN_RESIDUALS = 32
-MARGIN_AT_START = 1.2
-# Half of the hundredth that may be late: the rest is for what requests do to each other, whose
-# prompts come between.
-QUANTILE = 0.995
-# A machine that stalls for seconds does so whatever an iteration holds: holding less is no cure.
-MAX_MARGIN = 1.5
 # An iteration's weight in the running mean of (the logarithm of) measured over predicted, the most
 # that one counts in it, and the iterations from which is learnt how much of that mean goes on.
 PACE_GAIN = 0.5
@@ -124,9 +115,7 @@ class LatencyModel:
         self._high = np.full(len(TERMS), np.inf)
         self._floor = 0.1 * _PRIOR_MS
         self._usual_error = 0.2
-        self._ratios: deque[float] = deque(maxlen=RESIDUALS)
-        self._sorted: list[float] = []
-        self._margin = MARGIN_AT_START
+        self._margin = Margin()
         self._recent = 0.0  # running mean of log(measured / predicted)
         self._recent_squared = self._recent_going_on = 0.0  # means of its square, its next error
         self._num_observed = 0
@@ -197,9 +186,9 @@ class LatencyModel:
 
     @property
     def margin(self) -> float:
-        """What a prediction, at the present pace, is multiplied by so that 995 of 1000
-        mixed iterations stay below it."""
-        return self._margin
+        """What a prediction, at the present pace, is multiplied by so that few iterations are late
+        (see :class:`Margin`)."""
+        return self._margin.value
 
     @property
     def pace(self) -> float:
@@ -219,8 +208,10 @@ class LatencyModel:
         """Mean absolute error of the last predictions, relative to the measured time."""
         return self._usual_error
 
-    def observe(self, work: IterationWork, duration_ms: float) -> None:
-        """Learns from a measured iteration."""
+    def observe(
+        self, work: IterationWork, duration_ms: float, target_ms: float | None = None
+    ) -> None:
+        """Learns from a measured iteration, planned for a target if there was finetuning to do."""
         if not (math.isfinite(duration_ms) and duration_ms > 0):
             return
         self._num_observed += 1
@@ -228,7 +219,9 @@ class LatencyModel:
         predicted = self.predict_ms(work)
         ratio = duration_ms / max(predicted, 1e-3)
         if work.has_inference and work.has_finetuning:
-            self._learn_margin(ratio / self.pace)
+            self._margin.learn(ratio / self.pace)
+        if work.decode_rows and target_ms is not None:
+            self._margin.was_late(duration_ms > target_ms)
         error = abs(duration_ms - predicted) / duration_ms
         weight = 1.0
         if self._num_observed > SETTLED:
@@ -260,16 +253,6 @@ class LatencyModel:
         self._recent_squared += (squared - self._recent_squared) / PACE_MEMORY
         self._recent_going_on += (going_on - self._recent_going_on) / PACE_MEMORY
         self._recent += PACE_GAIN * (error - self._recent)
-
-    def _learn_margin(self, ratio: float) -> None:
-        if len(self._ratios) == RESIDUALS:
-            del self._sorted[bisect_left(self._sorted, self._ratios[0])]
-        self._ratios.append(ratio)
-        insort(self._sorted, ratio)
-        count = len(self._sorted)
-        if count >= MIN_RESIDUALS:
-            at = min(int(QUANTILE * count), count - 1)
-            self._margin = min(MAX_MARGIN, max(1.0, self._sorted[at]))
 
 
 def _standard_errors(rows: np.ndarray, found: np.ndarray) -> np.ndarray:

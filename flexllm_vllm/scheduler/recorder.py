@@ -108,7 +108,7 @@ class IterationRecorder:
         self._add(iteration, work, inference, duration_ms)
         # An adapter's start and end are no part of what the model describes.
         if not (iteration.plan.start or iteration.plan.save or iteration.plan.end):
-            self._budget.observe(work, duration_ms)
+            self._budget.observe(work, duration_ms, iteration.target_ms)
 
     def _take(self, output: Any) -> InFlight | None:
         """The iteration of this output; those before it vLLM has given up."""

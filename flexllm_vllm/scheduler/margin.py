@@ -1,0 +1,61 @@
+"""How much longer than predicted an iteration must be expected to take."""
+
+from bisect import bisect_left, insort
+from collections import deque
+
+# Iterations that the margin is learnt from, and before which it is MARGIN_AT_START.
+RESIDUALS = 512
+MIN_RESIDUALS = 32
+MARGIN_AT_START = 1.2
+# A machine that stalls for seconds does so whatever an iteration holds: holding less is no cure.
+MAX_MARGIN = 1.5
+# Of the iterations with output tokens so many may be late: a little below the hundredth that is
+# promised, for what happens on a token's way to the client.
+LATE_SHARE = 0.008
+# How far one iteration moves the share of the residuals that may lie beyond the margin, where it
+# begins, and between what it stays: prompts of other requests make iterations late as well, and
+# beyond some point less finetuning is no cure for them.
+GAIN = 0.002
+BEYOND_AT_START = 0.005
+LEAST_BEYOND, MOST_BEYOND = 0.001, 0.03
+
+
+class Margin:
+    """A quantile of measured over predicted durations, chosen by how many iterations are late.
+
+    Which quantile leaves a given share of all iterations in time is not known beforehand: parts of
+    an iteration are not planned to the last millisecond, and some are late without finetuning. So
+    the share beyond it is moved after every iteration, down where it was late and up where not, by
+    steps that balance at :data:`LATE_SHARE`: adaptive conformal inference (Gibbs and Candes, arXiv
+    2106.00170, equation 2).
+
+    Attributes:
+        value: the factor, at least 1.
+        beyond: share of the residuals that may lie above it.
+    """
+
+    def __init__(self) -> None:
+        self.value = MARGIN_AT_START
+        self.beyond = BEYOND_AT_START
+        self._ratios: deque[float] = deque(maxlen=RESIDUALS)
+        self._sorted: list[float] = []
+
+    def learn(self, ratio: float) -> None:
+        """Takes in an iteration with requests and finetuning: measured over predicted."""
+        if len(self._ratios) == RESIDUALS:
+            del self._sorted[bisect_left(self._sorted, self._ratios[0])]
+        self._ratios.append(ratio)
+        insort(self._sorted, ratio)
+        self._choose()
+
+    def was_late(self, is_late: bool) -> None:
+        """Whether an iteration with output tokens took longer than its target."""
+        moved = self.beyond + GAIN * (LATE_SHARE - is_late)
+        self.beyond = min(max(moved, LEAST_BEYOND), MOST_BEYOND)
+        self._choose()
+
+    def _choose(self) -> None:
+        count = len(self._sorted)
+        if count >= MIN_RESIDUALS:
+            at = min(int((1.0 - self.beyond) * count), count - 1)
+            self.value = min(MAX_MARGIN, max(1.0, self._sorted[at]))
