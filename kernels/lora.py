@@ -50,10 +50,14 @@ class NativeLora:
         grad_a, grad_b = grads or ((), ())
         matrices = (*a, *b, *grad_a, *grad_b)
         self._matrices = matrices  # they live as long as their addresses are known here
-        self.is_usable = all(
-            m.dtype == torch.float32 and m.device.type == "cpu" and m.stride(1) == 1
-            for m in matrices
-        ) and all(m.is_contiguous() for m in (*a, *grad_a, *grad_b))
+        self.is_usable = (
+            native.library() is not None
+            and all(
+                m.dtype == torch.float32 and m.device.type == "cpu" and m.stride(1) == 1
+                for m in matrices
+            )
+            and all(m.is_contiguous() for m in (*a, *grad_a, *grad_b))
+        )
         self.r, self.in_features = a[0].shape
         # Of each row of the products of rank size: the kernels read and write whole vectors.
         self.shrunk_width = len(b) * -(-self.r // native.lanes()) * native.lanes()
@@ -65,12 +69,22 @@ class NativeLora:
             if grads is not None:
                 target.grad_a, target.grad_b = grad_a[i].data_ptr(), grad_b[i].data_ptr()
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, scaling: float) -> bool:
+    def add(
+        self, y: torch.Tensor, x: torch.Tensor, scaling: float, rows: slice | None = None
+    ) -> bool:
         """As :func:`lora_add`; False where the kernels cannot."""
-        return self._can(y, x) and native.call(
-            "lora_add", y, y.stride(0), x, x.stride(0), len(x), self.in_features, self._targets,
-            len(self._targets), self.r, scaling,
+        # 120 times in a forward, and of few rows: each microsecond here counts.
+        if not self.is_usable or x.dtype is not torch.float32 or y.dtype is not torch.float32:
+            return False
+        (y_row, y_column), (x_row, x_column) = y.stride(), x.stride()
+        if y_column != 1 or x_column != 1:
+            return False
+        first, last = (0, len(x)) if rows is None else (rows.start, rows.stop)
+        native.function("lora_add")(
+            0, y.data_ptr() + 4 * first * y_row, y_row, x.data_ptr() + 4 * first * x_row, x_row,
+            last - first, self.in_features, self._targets, len(self._targets), self.r, scaling,
         )  # fmt: skip
+        return True
 
     def backward(
         self,
@@ -145,7 +159,9 @@ class LoraGroup:
         return LoraGroup(self.a[: len(b) * self.r], b, columns, self.scaling)
 
 
-def lora_add(y: torch.Tensor, x: torch.Tensor, group: LoraGroup) -> torch.Tensor:
+def lora_add(
+    y: torch.Tensor, x: torch.Tensor, group: LoraGroup, rows: slice | None = None
+) -> torch.Tensor:
     """Adds ``scaling * x A^T B^T`` to the merged output ``y``, in place.
 
     Args:
@@ -153,13 +169,17 @@ def lora_add(y: torch.Tensor, x: torch.Tensor, group: LoraGroup) -> torch.Tensor
             group covers.
         x: ``[num_tokens, in_features]``.
         group: matrices in float32 or the dtype of ``x``.
+        rows: of ``y`` and ``x``, start and stop given; None for all.
 
     Returns:
         ``y``.
     """
-    r = group.r
-    if not group.columns or group.native().add(y, x, group.scaling):
+    if not group.columns or group.native().add(y, x, group.scaling, rows):
         return y
+    if rows is not None:
+        lora_add(y[rows], x[rows], group)
+        return y
+    r = group.r
     u = x @ group.a.to(x.dtype).t()
     for i, (start, end) in enumerate(group.columns):
         b = group.b[i].to(x.dtype)

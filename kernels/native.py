@@ -136,6 +136,16 @@ def lanes() -> int:
     return int(found.finetuning_lanes()) if found is not None else 1
 
 
+@functools.cache
+def function(name: str) -> Any:
+    """A kernel itself, which takes addresses in place of tensors; None where there is none.
+
+    For those who call it so often that the checks of :func:`call` show, with checks of their own.
+    """
+    found = library()
+    return None if found is None else getattr(found, f"finetuning_{name}")
+
+
 def call(name: str, *arguments: Any) -> bool:
     """Runs a kernel; False where it cannot, and the caller uses torch.
 
@@ -149,11 +159,9 @@ def call(name: str, *arguments: Any) -> bool:
 
 def call_typed(name: str, typed_by: torch.Tensor, *arguments: Any) -> bool:
     """Like :func:`call`, the dtype taken from ``typed_by``."""
-    found = library()
+    kernel = function(name)
     dtype = _DTYPES.get(typed_by.dtype)
-    if found is None or dtype is None or typed_by.device.type != "cpu":
+    if kernel is None or dtype is None or typed_by.device.type != "cpu":
         return False
-    getattr(found, f"finetuning_{name}")(
-        dtype, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
-    )
+    kernel(dtype, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
     return True

@@ -37,7 +37,9 @@ def is_traced() -> bool:
 def _add_adapters(y: torch.Tensor, x: torch.Tensor, path: str) -> None:
     """Adds the adapters' products of a linear to its output ``y``."""
     module = _modules[path]
-    module._apply_lora_to_output(x, y)
+    module.punica_wrapper.add_lora_linear(
+        y, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.output_slices
+    )
 
 
 def _add_embedding_adapters(y: torch.Tensor, ids: torch.Tensor, path: str) -> None:

@@ -9,6 +9,7 @@ Fits vLLM 0.32 (``vllm/lora/punica_wrapper/punica_cpu.py``). The correctness par
 vLLM masks these rows; ``tests/patches`` has a test that fails then.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,8 +19,8 @@ from flexllm_vllm.kernels.lora import NativeLora
 from flexllm_vllm.patches import require
 
 Segment = tuple[int, "slice | torch.Tensor"]
-# Adds an adapter's product to the merged output ``y`` of its rows, given their input ``x``.
-Product = Callable[[torch.Tensor, torch.Tensor], object]
+# Adds an adapter's product to some rows (None: all) of a merged output ``y``, of those of ``x``.
+Product = Callable[[torch.Tensor, torch.Tensor, "slice | None"], object]
 
 
 def segments(slots: torch.Tensor) -> list[Segment]:
@@ -149,16 +150,17 @@ class _SegmentedOps:
     ) -> None:
         products = getattr(self, "slot_products", {})
         for slot, rows in self._token_segments:
-            x_rows, y_rows = x[rows], y[rows]
             add = products.get((lora_a_stacked[0].data_ptr(), slot))
-            if add is not None:
-                add(y_rows, x_rows)
-            else:
+            if add is None:
                 rank = self._rank(slot, lora_b_stacked[0].shape[-1])
                 slices = (lora_a_stacked, lora_b_stacked, output_slices)
-                if not _matrices(self, slot, rank, *slices, y.shape[1]).add(y_rows, x_rows, scale):
-                    _add_products(y_rows, x_rows, slot, rank, *slices, scale)
-            if not isinstance(rows, slice):
+                matrices = _matrices(self, slot, rank, *slices, y.shape[1])
+                add = functools.partial(_add_products, matrices, slot, rank, *slices, scale)
+            if isinstance(rows, slice):
+                add(y, x, rows)
+            else:
+                y_rows = y[rows]
+                add(y_rows, x[rows], None)
                 y[rows] = y_rows
 
     def add_lora_embedding(
@@ -223,16 +225,22 @@ def _matrices(
 
 
 def _add_products(
-    y: torch.Tensor,
-    x: torch.Tensor,
+    matrices: NativeLora,
     slot: int,
     rank: int,
     lora_a_stacked: tuple[torch.Tensor, ...],
     lora_b_stacked: tuple[torch.Tensor, ...],
     output_slices: tuple[int, ...],
     scale: float,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: slice | None,
 ) -> None:
-    """The same in torch operations, for the rows of one slot."""
+    """A :data:`Product` of what lies in a slot, whose matrices are ``matrices``."""
+    if matrices.add(y, x, scale, rows):
+        return
+    if rows is not None:
+        y, x = y[rows], x[rows]
     offset = 0
     for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
         shrunk = torch.matmul(x, _matrix(a, slot)[:rank].t())

@@ -92,5 +92,5 @@ def _without_weights(int_id: int, r: int) -> LoRAModel:
     return LoRAModel(int_id, r, {nothing.module_name: nothing})
 
 
-def _add(group: LoraGroup, y: torch.Tensor, x: torch.Tensor) -> None:
-    lora_add(y, x, group)
+def _add(group: LoraGroup, y: torch.Tensor, x: torch.Tensor, rows: slice | None) -> None:
+    lora_add(y, x, group, rows)

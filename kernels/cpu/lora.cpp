@@ -28,6 +28,7 @@ constexpr long kColumns = 64;  // columns of a block
 constexpr long kRanks = 64;    // ranks of a block
 constexpr int kDotRows = kLanes == 16 ? 6 : 4;
 constexpr int kDotColumns = kLanes == 16 ? 4 : 3;
+constexpr long kRankStep = 2 * kDotColumns;  // ranks of a task, where tasks are split by them
 
 long least(long a, long b) { return a < b ? a : b; }
 long blocks(long n, long size) { return (n + size - 1) / size; }
@@ -78,18 +79,19 @@ void dot_rows(const float* x, long x_row, const float* a, long a_row, long rows,
     dot_tile<1, N>(x + m * x_row, x_row, a, a_row, inner, scale, u + m * u_row, u_row);
 }
 
-// U = scale X A^T for a block of rows, its columns padded with zeros. Both are read along their
-// rows.
+// U = scale X A^T for a block of rows and some ranks: of a few rows one target would be too little
+// work to share. Both are read along their rows. Columns beyond the rank are set to zero.
 void shrink(const float* x, long x_row, const float* a, long rows, long in_features, long r,
-            float scale, float* u, long u_row) {
-  long n = 0;
-  for (; n + kDotColumns <= r; n += kDotColumns)
+            long from, long to, float scale, float* u, long u_row) {
+  const long last = least(to, r);
+  long n = from;
+  for (; n + kDotColumns <= last; n += kDotColumns)
     dot_rows<kDotColumns>(x, x_row, a + n * in_features, in_features, rows, in_features, scale,
                           u + n, u_row);
-  for (; n < r; ++n)
+  for (; n < last; ++n)
     dot_rows<1>(x, x_row, a + n * in_features, in_features, rows, in_features, scale, u + n, u_row);
   for (long m = 0; m < rows; ++m)
-    for (n = r; n < padded(r); ++n) u[m * u_row + n] = 0;
+    for (n = last; n < to; ++n) u[m * u_row + n] = 0;
 }
 
 // A copy of a block, its columns padded with zeros.
@@ -167,13 +169,15 @@ void add(const Linear& linear, float scale, float* y, long y_row, const float* x
   float* u = shrunk.reserve(rows * u_row);
 #pragma omp parallel
   {
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(3) schedule(static)
     for (long block = 0; block < blocks(rows, kRows); ++block)
-      for (long i = 0; i < linear.count; ++i) {
-        const long first = block * kRows;
-        shrink(x + first * x_row, x_row, linear.targets[i].a, least(kRows, rows - first),
-               linear.in_features, r, scale, u + first * u_row + i * padded(r), u_row);
-      }
+      for (long i = 0; i < linear.count; ++i)
+        for (long rank = 0; rank < padded(r); rank += kRankStep) {
+          const long first = block * kRows;
+          shrink(x + first * x_row, x_row, linear.targets[i].a, least(kRows, rows - first),
+                 linear.in_features, r, rank, least(rank + kRankStep, padded(r)), scale,
+                 u + first * u_row + i * padded(r), u_row);
+        }
 #pragma omp for schedule(static)
     for (long block = 0; block < linear.column_blocks(); ++block) {
       const Columns c = linear.columns(block);
@@ -239,7 +243,7 @@ void backward(const Linear& linear, float scale, const float* dy, long dy_row, c
                              g + at, g_row);
         }
         if (x != nullptr)
-          shrink(x + first * x_row, x_row, target.a, n, in, r, scale, u + at, g_row);
+          shrink(x + first * x_row, x_row, target.a, n, in, r, 0, rp, scale, u + at, g_row);
       }
     if (x != nullptr) {
 #pragma omp for schedule(static) nowait
