@@ -21,6 +21,11 @@ def use_onednn(num_rows: int) -> bool:
     return num_rows <= _onednn_rows()
 
 
+def prefers_onednn() -> bool:
+    """Whether oneDNN is the faster one for any number of rows."""
+    return _onednn_rows() == float("inf")
+
+
 @functools.cache
 def _onednn_rows() -> float:
     """Up to how many rows oneDNN is the faster one."""

@@ -5,6 +5,8 @@ import json
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,61 +67,83 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what a stopped run has measured"
+    )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-train-"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = args.out / "results.json"
+    results = json.loads(found.read_text()) if args.resume and found.exists() else {}
+
+    def save() -> None:
+        found.write_text(json.dumps(results, indent=1) + "\n")
+
     try:
-        results = run(args, folder)
+        run(args, folder, results, save)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     report.write(results, args.out)
     print((args.out / "report.md").read_text())
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything, on one machine, one thing at a time."""
+def run(
+    args: argparse.Namespace, folder: Path, results: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Everything that ``results`` lacks, on one machine, one thing at a time."""
     adapter = make_adapter(args.model, folder / "adapter")
     peft = PeftSystem(folder)
-    peft.order("load", model=args.model, adapter=str(adapter), dtype="float32", checkpointing=False)
-    results: dict[str, Any] = {"machine": describe(), "gemm": peft.order("gemm", dtype="float32")}
+
+    def measure(name: str, work: Callable[[], Any], group: str | None = None) -> None:
+        into = results if group is None else results.setdefault(group, {})
+        if name not in into:
+            into[name] = work()
+            save()
+
+    def load_peft() -> None:
+        peft.order(
+            "load", model=args.model, adapter=str(adapter), dtype="float32", checkpointing=False
+        )
+
+    load_peft()
+    measure("machine", describe)
+    measure("gemm", lambda: peft.order("gemm", dtype="float32"))
     ours = {
         policy: OurSystem(args.model, folder / policy, "float32", activation_policy=policy)
         for policy in ("balanced", "store")
     }
+
+    def compared(batches: list[list[Example]], rounds: int) -> dict[str, Any]:
+        found = compare(ours, peft, adapter, batches, rounds)
+        print(found["median"], flush=True)
+        return found
+
+    def short() -> dict[str, float]:
+        batches = synthetic(60, 4, batch=16)
+        return {
+            name: tokens_per_second(batches, system.run(batches, LORA, adapter))
+            for name, system in ours.items()
+        }
+
     try:
-        results["synthetic"] = {}
         for length in args.lengths:
             batches = synthetic(length, 4 if length <= 512 else 3)
             rounds = args.rounds if length <= 1024 else max(1, args.rounds - 1)
-            found = compare(ours, peft, adapter, batches, rounds)
-            results["synthetic"][str(length)] = found
-            print(length, found["median"], flush=True)
-        if args.data is not None:
-            results["real"] = {}
-            for batch, count in ((1, 12), (4, 5)):
-                batches = chat_batches(args.data, args.model, batch, count)
-                found = compare(ours, peft, adapter, batches, args.rounds)
-                results["real"][str(batch)] = found
-                print("real", batch, found["median"], flush=True)
-        results["variants"] = variants(args.model, ours["store"], peft, folder)
-        peft.order(
-            "load", model=args.model, adapter=str(adapter), dtype="float32", checkpointing=False
-        )
-        results["short"] = {
-            name: tokens_per_second(batches, system.run(batches, LORA, adapter))
-            for name, system in ours.items()
-            for batches in [synthetic(60, 4, batch=16)]
-        }
-        results["profile"] = ours["store"].profile(synthetic(512, 4), LORA, adapter)
-        results["gemm_after"] = peft.order("gemm", dtype="float32")
+            measure(str(length), partial(compared, batches, rounds), "synthetic")
+        for batch, count in ((1, 12), (4, 5)) if args.data is not None else ():
+            batches = chat_batches(args.data, args.model, batch, count)
+            measure(str(batch), partial(compared, batches, args.rounds), "real")
+        measure("variants", lambda: variants(args.model, ours["store"], peft, folder))
+        load_peft()
+        measure("short", short)
+        measure("profile", lambda: ours["store"].profile(synthetic(512, 4), LORA, adapter))
+        measure("gemm_after", lambda: peft.order("gemm", dtype="float32"))
     finally:
         for system in ours.values():
             system.close()
-    results["bfloat16"] = bfloat16(args.model, peft, adapter, folder)
-    results["memory"] = measure_memory(args.model, adapter, peft, folder)
+    measure("bfloat16", lambda: bfloat16(args.model, peft, adapter, folder))
+    measure("memory", lambda: measure_memory(args.model, adapter, peft, folder))
     peft.close()
-    return results
 
 
 def variants(model: str, ours: OurSystem, peft: PeftSystem, folder: Path) -> dict[str, Any]:

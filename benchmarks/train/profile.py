@@ -16,13 +16,11 @@ PACKAGE = "flexllm_vllm"
 
 # Operations: the module of flexllm_vllm.models that calls them, and what the report calls them.
 BACKWARD = {
-    ("llama", "input_gradient"): "backward: dX = dY W",
     ("llama", "lora_backward"): "backward: LoRA gradients",
     ("llama", "attention_backward"): "backward: attention",
     ("llama", "linear_cross_entropy"): "loss head, forward and backward",
     ("norm", "rms_norm_backward"): "backward: norms",
     ("norm", "rms_norm"): "recomputed: norms",
-    ("chain", "linear"): "recomputed: query projection",
     ("chain", "attention_forward"): "recomputed: attention",
     ("chain", "lora_add"): "recomputed: LoRA",
     ("rotary", "apply_rotary"): "rotary",
@@ -59,7 +57,7 @@ def on_worker_start_profile(worker: Any) -> None:
     def head(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> float:
         return 4.0 * x.numel() * weight.shape[0]
 
-    flop = {"input_gradient": product, "linear": product, "linear_cross_entropy": head}
+    flop = {"linear_cross_entropy": head}
     for (module, name), label in BACKWARD.items():
         timed(importlib.import_module(f"{PACKAGE}.models.{module}"), name, label, flop.get(name))
     decoder = worker._trainer.model._decoder
@@ -68,6 +66,10 @@ def on_worker_start_profile(worker: Any) -> None:
     decoder.activation = activation
     timed(FrozenWeights, "project", "recomputed: gate/up projection",
           lambda _, layer, name, x, y: 2.0 * x.numel() * y.shape[-1])  # fmt: skip
+    timed(FrozenWeights, "input_gradient", "backward: dX = dY W",
+          lambda _, layer, name, dy, dx: 2.0 * dy.numel() * dx.shape[-1])  # fmt: skip
+    timed(FrozenWeights, "first_columns", "recomputed: query projection",
+          lambda _, layer, name, x, width, y: 2.0 * x.numel() * y.shape[-1])  # fmt: skip
     timed(ActivationCache, "read", "activation cache: read")
     timed(ActivationCache, "write", "activation cache: write")
     timed(TrainingSlots, "write", "LoRA slot rewritten")

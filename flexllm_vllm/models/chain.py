@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from flexllm_vllm.kernels.lora import lora_add
 from flexllm_vllm.kernels.paged_attention import attention_forward
@@ -89,10 +88,8 @@ class LayerChain:
 
     def _query_key_value(self, width: int) -> torch.Tensor:
         """The first columns of the merged projection."""
-        weights, x = self._decoder.weights, self.normed_hidden
-        bias = weights.bias(self._layer, "qkv_proj")
-        weight = weights.dense(self._layer, "qkv_proj")[:width]
-        y = linear(x, weight, None if bias is None else bias[:width])
+        x = self.normed_hidden
+        y = self._decoder.weights.first_columns(self._layer, "qkv_proj", x, width)
         self._add_lora(y, x, "qkv_proj")
         return y
 

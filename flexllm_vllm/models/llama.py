@@ -20,7 +20,7 @@ from flexllm_vllm.kernels.cross_entropy import (
     linear_cross_entropy,
     release_buffers,
 )
-from flexllm_vllm.kernels.linear import input_gradient, use_onednn
+from flexllm_vllm.kernels.linear import use_onednn
 from flexllm_vllm.kernels.lora import lora_backward
 from flexllm_vllm.kernels.paged_attention import attention_backward
 from flexllm_vllm.models.base import (
@@ -287,7 +287,7 @@ class LlamaBackward:
                 layer, "down_proj", dy, lambda: activation.forward(chain.gate_up), adapter, False
             )
             return None
-        d_product = input_gradient(dy, self._decoder.weights.dense(layer, "down_proj"))
+        d_product = self._decoder.weights.input_gradient(layer, "down_proj", dy)
         if (group := adapter.group(layer, "down_proj")) is None:
             d_gate_up, _ = activation.backward(d_product, chain.gate_up)
         else:
@@ -380,7 +380,7 @@ class LlamaBackward:
         part of ``dX`` is in the sum, and the gradients of its replicated matrices are summed once
         a step): what FlexLLM calls dependent parallelization.
         """
-        dx = input_gradient(dy, self._decoder.weights.dense(layer, name)) if need_dx else None
+        dx = self._decoder.weights.input_gradient(layer, name, dy) if need_dx else None
         if (group := adapter.group(layer, name)) is not None:
             lora_backward(dy, x(), group, adapter.grad(layer, name), dx)
         if dx is not None and name in _SUMMED_BACKWARD:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from flexllm_vllm.kernels.linear import input_gradient
+
 
 def unwrapped(module: Any) -> Any:
     """The plain layer below vLLM's LoRA wrapper."""
@@ -12,7 +14,7 @@ def unwrapped(module: Any) -> Any:
 
 
 class FrozenWeights:
-    """Linears of each decoder layer: forward by inference's own GEMM, dense for ``dX = dY W``.
+    """Linears of each decoder layer: forward by inference's own GEMM, and ``dX = dY W``.
 
     Where a weight exists only in the packed form that inference uses
     (``patches/cpu_linear_weights.py``), it is unpacked when a layer is asked for, and kept until
@@ -32,6 +34,8 @@ class FrozenWeights:
         """Raises ValueError for a layer without a plain weight of this dtype."""
         for index, layer in enumerate(self._layers):
             for name, module in layer.items():
+                if getattr(module, "backward_linear", None) is not None:
+                    continue
                 packed = getattr(module, "packed_weight", None)
                 weight = packed if packed is not None else getattr(module, "weight", None)
                 if weight is None or weight.dim() != 2 or weight.dtype != dtype:
@@ -53,10 +57,24 @@ class FrozenWeights:
             return linear(x, module.weight, bias)
         return torch.nn.functional.linear(x, module.weight, bias)
 
-    def bias(self, layer: int, name: str) -> torch.Tensor | None:
-        return self._layers[layer][name].bias
+    def first_columns(self, layer: int, name: str, x: torch.Tensor, width: int) -> torch.Tensor:
+        """The first columns of :meth:`project`, contiguous."""
+        module = self._layers[layer][name]
+        if getattr(module, "backward_linear", None) is not None:
+            # Packed weights cannot be cut, and all columns take no longer than some by plain ones.
+            return self.project(layer, name, x)[:, :width].contiguous()
+        bias = None if module.bias is None else module.bias[:width]
+        return torch.nn.functional.linear(x, self._dense(layer, name)[:width], bias)
 
-    def dense(self, layer: int, name: str) -> torch.Tensor:
+    def input_gradient(self, layer: int, name: str, dy: torch.Tensor) -> torch.Tensor:
+        """``dX = dY W``, ``[num_rows, in_features]``."""
+        backward = getattr(self._layers[layer][name], "backward_linear", None)
+        if backward is not None:
+            found: torch.Tensor = backward(dy)
+            return found
+        return input_gradient(dy, self._dense(layer, name))
+
+    def _dense(self, layer: int, name: str) -> torch.Tensor:
         """``[out_features, in_features]``, row-major."""
         module = self._layers[layer][name]
         packed = getattr(module, "packed_weight", None)

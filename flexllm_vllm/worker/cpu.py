@@ -16,6 +16,7 @@ from flexllm_vllm.patches import (
     cpu_linear_weights,
     cpu_lora_ops,
 )
+from flexllm_vllm.worker.heap import keep_freed_memory
 from flexllm_vllm.worker.kv_layout import check_cpu_layout
 from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
 
@@ -33,6 +34,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_compilation.apply_to_layers()
         compile_cache.apply(KEY)
         compile_cache.load_plain_functions()
+        keep_freed_memory()
         native.library()  # compiled at the first start on a machine, not during the first job
 
     def _check_kv_layout(self) -> None:

@@ -43,16 +43,6 @@ def test_patches_are_applied_once() -> None:
         assert getattr(owner, name) is once
 
 
-def test_the_plain_weight_stays_beside_the_packed_one() -> None:
-    cpu_linear_weights.apply()
-    layer = torch.nn.Linear(64, 96, bias=False).requires_grad_(False)
-    weight = layer.weight.clone()
-    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-    assert torch.equal(layer.weight, weight)
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), x @ weight.t())
-
-
 def test_bfloat16_with_amx_gets_a_layout_that_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.backends import cpu_attn
 
