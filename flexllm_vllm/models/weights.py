@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from flexllm_vllm.kernels.linear import input_gradient
+from flexllm_vllm.models.quantised import check_quantised, dequantised, is_quantised
 
 
 def unwrapped(module: Any) -> Any:
@@ -17,8 +18,8 @@ class FrozenWeights:
     """Linears of each decoder layer: forward by inference's own GEMM, and ``dX = dY W``.
 
     Where a weight exists only in the packed form that inference uses
-    (``patches/cpu_linear_weights.py``), it is unpacked when a layer is asked for, and kept until
-    the backward has moved on: windows of one layer follow each other.
+    (``patches/cpu_linear_weights.py``), or quantised, it is unpacked when a layer is asked for, and
+    kept until the backward has moved on: windows of one layer follow each other.
 
     Args:
         layers: name -> linear of each decoder layer, LoRA wrappers and all.
@@ -31,17 +32,20 @@ class FrozenWeights:
         self._unpacked: OrderedDict[tuple[int, str], torch.Tensor] = OrderedDict()
 
     def check(self, dtype: torch.dtype) -> None:
-        """Raises ValueError for a layer without a plain weight of this dtype."""
+        """Raises ValueError for a layer whose weight cannot be had in this dtype."""
         for index, layer in enumerate(self._layers):
             for name, module in layer.items():
+                if is_quantised(module):
+                    check_quantised(module, dtype, f"layer {index} {name}")
+                    continue
                 if getattr(module, "backward_linear", None) is not None:
                     continue
                 packed = getattr(module, "packed_weight", None)
                 weight = packed if packed is not None else getattr(module, "weight", None)
                 if weight is None or weight.dim() != 2 or weight.dtype != dtype:
                     raise ValueError(
-                        f"finetuning needs plain {dtype} weights; layer {index} {name} is "
-                        "quantised or was repacked without keeping its weight"
+                        f"finetuning needs {dtype} weights; layer {index} {name} was repacked "
+                        "without keeping its weight"
                     )
 
     def project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -52,6 +56,9 @@ class FrozenWeights:
         module = self._layers[layer][name]
         is_partial = getattr(module, "reduce_results", False) and module.tp_rank > 0
         bias = None if is_partial else module.bias
+        if is_quantised(module):
+            found: torch.Tensor = module.quant_method.apply(module, x, bias)
+            return found
         linear = getattr(module, "cpu_linear", None)
         if linear is not None:
             return linear(x, module.weight, bias)
@@ -78,11 +85,12 @@ class FrozenWeights:
         """``[out_features, in_features]``, row-major."""
         module = self._layers[layer][name]
         packed = getattr(module, "packed_weight", None)
-        if packed is None:
+        if packed is None and not is_quantised(module):
             return module.weight
         found = self._unpacked.get((layer, name))
         if found is None:
-            found = self._unpacked[layer, name] = packed.to_dense()
+            found = dequantised(module) if packed is None else packed.to_dense()
+            self._unpacked[layer, name] = found
             while len(self._unpacked) > self._num_kept * len(self._layers[layer]):
                 self._unpacked.popitem(last=False)
         else:

@@ -153,6 +153,14 @@ def on_worker_break_capture(worker: Any) -> None:
     cache.write = broken
 
 
+def on_worker_is_quantised(worker: Any) -> bool:
+    """Whether all linears of the decoder layers are."""
+    from flexllm_vllm.models.quantised import is_quantised
+
+    layers = worker._trainer.model._decoder.weights._layers
+    return all(is_quantised(module) for layer in layers for module in layer.values())
+
+
 def on_worker_pid(worker: Any) -> int:
     return os.getpid()
 

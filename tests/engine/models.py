@@ -1,11 +1,14 @@
 """Models for the engine tests: small random ones, and adapters to start from."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -59,6 +62,42 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
     ).save_pretrained(folder)
+    return folder
+
+
+def quantised_model(model: Path, folder: Path, group_size: int = 32) -> Path:
+    """A model's linears in 4 bits, as llm-compressor writes them (``pack-quantized``); the model
+    itself gets the rounded weights."""
+    shutil.copytree(model, folder)
+    plain = load_file(model / "model.safetensors")
+    packed = {}
+    for name, weight in list(plain.items()):
+        if not name.endswith("_proj.weight"):
+            packed[name] = weight
+            continue
+        groups = weight.view(len(weight), -1, group_size)
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+        numbers = (groups / scale).round().clamp(-8, 7)
+        plain[name] = (numbers * scale).view_as(weight)
+        nibbles = (numbers.view(len(weight), -1, 8) + 8).to(torch.int64)
+        words = (nibbles << (4 * torch.arange(8))).sum(-1)
+        stem = name.removesuffix("weight")
+        packed[stem + "weight_packed"] = words.to(torch.int32)  # of 32 bits, whatever their sign
+        packed[stem + "weight_scale"] = scale.squeeze(-1).bfloat16()
+        packed[stem + "weight_shape"] = torch.tensor(weight.shape)
+    save_file(plain, model / "model.safetensors", {"format": "pt"})
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+               "group_size": group_size, "dynamic": False}  # fmt: skip
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
