@@ -136,7 +136,6 @@ def lanes() -> int:
     return int(found.finetuning_lanes()) if found is not None else 1
 
 
-@functools.cache
 def function(name: str) -> Any:
     """A kernel itself, which takes addresses in place of tensors; None where there is none.
 

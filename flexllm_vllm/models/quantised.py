@@ -2,6 +2,7 @@
 
 Each method stores its weights its own way, repacked for its kernel at that. All have one operation
 in common, ``x W^T``, and its product with the identity is ``W^T``: what the forward multiplies by.
+That costs as much as ``in_features`` tokens of the layer's forward, once for each layer of a pack.
 """
 
 from typing import Any
@@ -59,7 +60,8 @@ def check_quantised(module: Any, dtype: torch.dtype, where: str) -> None:
             f"finetuning does not support the quantisation {type(method).__name__} of {where}: "
             f"{error}"
         ) from error
-    if (part - 0.375 * one).abs().max() > TOLERANCE * one.abs().max():
+    # So written that NaN is refused as well.
+    if not (part - 0.375 * one).abs().max() <= TOLERANCE * one.abs().max():
         raise ValueError(
             f"finetuning does not support the quantisation {type(method).__name__} of {where}: it "
             "rounds its inputs by one scale for all of them"

@@ -53,23 +53,27 @@ class FrozenWeights:
 
         Of a linear that is sharded along its input, this rank's part of the sum.
         """
-        module = self._layers[layer][name]
+        return self._forward(self._layers[layer][name], x)
+
+    @staticmethod
+    def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
         is_partial = getattr(module, "reduce_results", False) and module.tp_rank > 0
         bias = None if is_partial else module.bias
+        found: torch.Tensor
         if is_quantised(module):
-            found: torch.Tensor = module.quant_method.apply(module, x, bias)
-            return found
-        linear = getattr(module, "cpu_linear", None)
-        if linear is not None:
-            return linear(x, module.weight, bias)
-        return torch.nn.functional.linear(x, module.weight, bias)
+            found = module.quant_method.apply(module, x, bias)
+        elif (linear := getattr(module, "cpu_linear", None)) is not None:
+            found = linear(x, module.weight, bias)
+        else:
+            found = torch.nn.functional.linear(x, module.weight, bias)
+        return found
 
     def first_columns(self, layer: int, name: str, x: torch.Tensor, width: int) -> torch.Tensor:
         """The first columns of :meth:`project`, contiguous."""
         module = self._layers[layer][name]
         if getattr(module, "backward_linear", None) is not None:
             # Packed weights cannot be cut, and all columns take no longer than some by plain ones.
-            return self.project(layer, name, x)[:, :width].contiguous()
+            return self._forward(module, x)[:, :width].contiguous()
         bias = None if module.bias is None else module.bias[:width]
         return torch.nn.functional.linear(x, self._dense(layer, name)[:width], bias)
 

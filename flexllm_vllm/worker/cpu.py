@@ -1,6 +1,7 @@
 """vLLM's CPU worker, extended."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -34,8 +35,12 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_compilation.apply_to_layers()
         compile_cache.apply(KEY)
         compile_cache.load_plain_functions()
-        keep_freed_memory()
         native.library()  # compiled at the first start on a machine, not during the first job
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        # Not before: what loading frees, the weights before they were packed, is for the system.
+        keep_freed_memory()
 
     def _check_kv_layout(self) -> None:
         check_cpu_layout(self.model_runner, self._backward)
