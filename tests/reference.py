@@ -13,10 +13,10 @@ def load_peft(model: str | Path, adapter: str | Path) -> PeftModel:
     """The base model in float32 with a trainable adapter.
 
     Its attention is the eager one: torch's fused one leaves out what it does not know (the soft cap
-    of Gemma 2).
+    of Gemma 2). So are its experts: torch's grouped ones have no float64.
     """
     base = AutoModelForCausalLM.from_pretrained(
-        str(model), dtype=torch.float32, attn_implementation="eager"
+        str(model), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 

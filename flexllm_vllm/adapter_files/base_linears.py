@@ -49,7 +49,8 @@ class BaseLinears:
 def base_linears(config: Any) -> BaseLinears:
     """Those of a model, by its configuration of ``transformers``.
 
-    Most are built as Llama is; Phi-3 has q, k and v in one linear, and gate and up.
+    Most are built as Llama is; Phi-3 has q, k and v in one linear, and gate and up. Of a mixture of
+    experts, where some layers may have an MLP instead, they are those of the attention.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -73,6 +74,8 @@ def base_linears(config: Any) -> BaseLinears:
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }
+    if getattr(config, "num_experts_per_tok", None):
+        shapes = {path: shape for path, shape in shapes.items() if path.startswith("self_attn.")}
     return _by_name(config, shapes)
 
 

@@ -23,6 +23,11 @@ LORA_GROUPS: dict[str, tuple[str, ...]] = {
 # ... and of one whose linears are merged in its checkpoint already (Phi-3).
 MERGED_LORA_GROUPS: dict[str, tuple[str, ...]] = {name: (name,) for name in LORA_GROUPS}
 
+# ... and of a mixture of experts, whose experts are frozen.
+ATTENTION_LORA_GROUPS: dict[str, tuple[str, ...]] = {
+    name: LORA_GROUPS[name] for name in ("qkv_proj", "o_proj")
+}
+
 # How much of a layer's forward is kept for its backward; the rest is computed again.
 ActivationPolicy = Literal["store", "balanced", "minimal"]
 
@@ -114,6 +119,7 @@ class ModelBackward(Protocol):
         vocab_size: tokens of the loss head, over all ranks.
         dtype, device: of the weights and activations.
         parallel: the tensor-parallel group; heads and widths above are those of this rank.
+        widest: columns of the widest linear of a layer, on this rank.
         lora_groups: PEFT's names of the linears, by the merged linear that computes them.
     """
 
@@ -125,10 +131,12 @@ class ModelBackward(Protocol):
     dtype: torch.dtype
     device: torch.device
     parallel: TensorParallel
+    widest: int
     lora_groups: dict[str, tuple[str, ...]]
 
     def linear_shapes(self) -> dict[str, LinearShape]:
-        """Shapes of the merged linears of a layer, whole, by their names in ``lora_groups``."""
+        """Shapes of the merged linears that an adapter may cover, whole, by their names in
+        ``lora_groups``."""
 
     def module_path(self, layer: int, name: str) -> str:
         """Path of a linear (merged or PEFT's name) within the model."""

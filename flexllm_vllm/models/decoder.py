@@ -4,23 +4,31 @@ from typing import Any
 
 import torch
 
-from flexllm_vllm.models.base import LORA_GROUPS, MERGED_LORA_GROUPS, LinearShape
+from flexllm_vllm.models.base import (
+    ATTENTION_LORA_GROUPS,
+    LORA_GROUPS,
+    MERGED_LORA_GROUPS,
+    LinearShape,
+)
 from flexllm_vllm.models.gated import gated_activation
 from flexllm_vllm.models.norm import FrozenNorm
 from flexllm_vllm.models.parallel import TensorParallel
 from flexllm_vllm.models.rotary import LONG_ROPE, Rotary, cos_sin
+from flexllm_vllm.models.routed import RoutedExperts, find_routed
 from flexllm_vllm.models.weights import FrozenWeights, unwrapped
 
 _ATTENTION = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Decoder:
-    """A loaded vLLM model of the Llama kind (Llama, Mistral, Qwen2, Qwen3, Granite, Gemma 2 and 3).
+    """A loaded vLLM model of the Llama kind (Llama, Mistral, Qwen2, Qwen3, Granite, Gemma 2 and 3,
+    Mixtral, Qwen3-MoE).
 
     Pre-norm residual layers, one merged linear each for q, k, v and for gate and up, rotary
-    embedding, a gated activation. Linears may have biases; queries and keys may have a norm of each
-    head. What attention and MLP add to the residual stream may pass a norm before (Gemma), or be
-    scaled (Granite). Layers may differ in sliding window and rotary embedding.
+    embedding, a gated activation. Layers may have a mixture of experts in place of the MLP; then
+    adapters cover the attention alone. Linears may have biases; queries and keys may have a norm of
+    each head. What attention and MLP add to the residual stream may pass a norm before (Gemma), or
+    be scaled (Granite). Layers may differ in sliding window and rotary embedding.
 
     Args:
         model: vLLM's model.
@@ -40,7 +48,9 @@ class Decoder:
         has_head_norms: queries and keys have a norm of each head.
         has_post_norms: what attention and MLP add to the residual stream passes a norm.
         residual_multiplier: by which it is scaled.
-        activation: of the MLP.
+        routed: of each layer, its mixture of experts; None where it has an MLP.
+        activation: of the MLPs, or of the experts where there are none.
+        intermediate_size: width of the MLPs, before the activation twice that; 0 without any.
         weights: the frozen weights, by layer and name of the merged linear.
 
     Raises:
@@ -55,9 +65,12 @@ class Decoder:
         self.vocab_size: int = model.config.vocab_size
         packed = getattr(model, "packed_modules_mapping", {})
         is_merged = packed.get("qkv_proj") == ["qkv_proj"]
+        blocks = [find_routed(layer) for layer in self.layers]
         self.lora_groups: dict[str, tuple[str, ...]] = (
             MERGED_LORA_GROUPS if is_merged else LORA_GROUPS
         )
+        if any(blocks):
+            self.lora_groups = ATTENTION_LORA_GROUPS
         self.parallel = TensorParallel.of_this_worker()
         processor = unwrapped(model.logits_processor)
         self.logit_scale = float(getattr(processor, "scale", 1.0))
@@ -72,7 +85,10 @@ class Decoder:
         self.has_head_norms = getattr(attention, "q_norm", None) is not None
         self.has_post_norms = hasattr(self.layers[0], "pre_feedforward_layernorm")
         self.residual_multiplier = float(getattr(self.layers[0], "residual_multiplier", 1.0))
-        self.activation = gated_activation(self.layers[0].mlp.act_fn)
+        self.routed = [None if block is None else RoutedExperts(block) for block in blocks]
+        routed = [found for found in self.routed if found is not None]
+        mlps = [layer.mlp for layer, block in zip(self.layers, blocks, strict=True) if not block]
+        self.activation = gated_activation(mlps[0].act_fn) if mlps else routed[0].activation
         # Distinct ones: of layers that share an embedding vLLM shares the module.
         of_layers = [layer.self_attn.rotary_emb for layer in self.layers]
         self._rotaries = list({id(rotary): rotary for rotary in of_layers}.values())
@@ -81,22 +97,30 @@ class Decoder:
         self.hidden_size: int = norm_weight.shape[0]
         self.dtype: torch.dtype = norm_weight.dtype
         self.device: torch.device = norm_weight.device
-        self.intermediate_size: int = unwrapped(
-            self.layers[0].mlp.down_proj
-        ).input_size_per_partition
+        self.intermediate_size: int = (
+            unwrapped(mlps[0].down_proj).input_size_per_partition if mlps else 0
+        )
+        inner = max([self.intermediate_size, *(found.intermediate_size for found in routed)])
+        self.widest = max(self.q_size + 2 * self.kv_size, self.hidden_size, 2 * inner)
         self.weights = FrozenWeights(
-            [
-                {
-                    "qkv_proj": layer.self_attn.qkv_proj,
-                    "o_proj": layer.self_attn.o_proj,
-                    "gate_up_proj": layer.mlp.gate_up_proj,
-                    "down_proj": layer.mlp.down_proj,
-                }
-                for layer in self.layers
-            ],
+            [self._linears(layer, block) for layer, block in zip(self.layers, blocks, strict=True)],
             num_kept=max_jobs,
         )
         self._check()
+
+    @staticmethod
+    def _linears(layer: Any, block: Any) -> dict[str, Any]:
+        """The linears of a layer, which has an MLP or this block of experts."""
+        attention, mlp = layer.self_attn, layer.mlp if block is None else None
+        return {
+            "qkv_proj": attention.qkv_proj,
+            "o_proj": attention.o_proj,
+            **(
+                {"gate": block.gate}
+                if mlp is None
+                else {"gate_up_proj": mlp.gate_up_proj, "down_proj": mlp.down_proj}
+            ),
+        }
 
     def _check(self) -> None:
         """Refuses what the backward does not cover, rather than train with wrong gradients."""
@@ -123,19 +147,20 @@ class Decoder:
                 )
 
     def linear_shapes(self) -> dict[str, LinearShape]:
-        """Shapes of the merged linears of a layer, whole."""
+        """Shapes of the merged linears that an adapter may cover, whole."""
         hidden, size = self.hidden_size, self.parallel.size
         q, kv, inner = self.q_size * size, self.kv_size * size, self.intermediate_size * size
         qkv: tuple[int, ...] = (q, kv, kv)
         gate_up: tuple[int, ...] = (inner, inner)
         if self.lora_groups is MERGED_LORA_GROUPS:
             qkv, gate_up = (sum(qkv),), (sum(gate_up),)
-        return {
+        shapes = {
             "qkv_proj": LinearShape(hidden, qkv, "output"),
             "o_proj": LinearShape(q, (hidden,), "input"),
             "gate_up_proj": LinearShape(hidden, gate_up, "output"),
             "down_proj": LinearShape(inner, (hidden,), "input"),
         }
+        return {name: shapes[name] for name in self.lora_groups}
 
     @property
     def head_rows(self) -> tuple[int, int]:

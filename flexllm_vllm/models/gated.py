@@ -23,6 +23,10 @@ class GatedActivation:
     backward: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+_SWIGLU = GatedActivation(swiglu, swiglu_backward)
+_GEGLU = GatedActivation(geglu, geglu_backward)
+
+
 def gated_activation(module: Any) -> GatedActivation:
     """That of vLLM's module.
 
@@ -31,7 +35,19 @@ def gated_activation(module: Any) -> GatedActivation:
     """
     name, form = type(module).__name__, getattr(module, "approximate", None)
     if name == "SiluAndMul":
-        return GatedActivation(swiglu, swiglu_backward)
+        return _SWIGLU
     if name == "GeluAndMul" and form == "tanh":
-        return GatedActivation(geglu, geglu_backward)
+        return _GEGLU
     raise ValueError(f"finetuning does not support the activation {name} ({form}) of this model")
+
+
+def gated_activation_of(name: str) -> GatedActivation:
+    """That of vLLM's experts, by the value of its ``MoEActivation``.
+
+    Raises:
+        ValueError: it is not covered.
+    """
+    found = {"silu": _SWIGLU, "gelu_tanh": _GEGLU}.get(name)
+    if found is None:
+        raise ValueError(f"finetuning does not support experts with the activation {name}")
+    return found

@@ -1,11 +1,12 @@
 """Backward of Llama's decoder layers and those built like them.
 
-It mirrors ``llama.py``, ``mistral.py``, ``qwen2.py``, ``qwen3.py``, ``granite.py``, ``gemma2.py``
-and ``gemma3.py`` of ``vllm/model_executor/models``. A layer's forward is a chain, and any value of
-it can be kept or computed again from those before (:class:`LayerChain`). K and V are read from the
-paged cache; norms before a linear, the activation's product and the softmax rows are always
-recomputed. Which of the chain's values are needed at all follows from the adapter's targets
-(``LlamaBackward._needs``), which of those are kept from the policy (``LlamaBackward.saved``).
+It mirrors ``llama.py``, ``mistral.py``, ``qwen2.py``, ``qwen3.py``, ``granite.py``, ``gemma2.py``,
+``gemma3.py``, ``mixtral.py`` and ``qwen3_moe.py`` of ``vllm/model_executor/models``. A layer's
+forward is a chain, and any value of it can be kept or computed again from those before
+(:class:`LayerChain`). K and V are read from the paged cache; norms before a linear, the
+activation's product and the softmax rows are always recomputed. Which of the chain's values are
+needed at all follows from the adapter's targets (``LlamaBackward._needs``), which of those are kept
+from the policy (``LlamaBackward.saved``).
 """
 
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ from flexllm_vllm.models.base import (
 from flexllm_vllm.models.chain import LayerChain
 from flexllm_vllm.models.decoder import Decoder
 from flexllm_vllm.models.rotary import Rotary
+from flexllm_vllm.models.routed import RoutedExperts
 from flexllm_vllm.models.vocab_parallel import linear_cross_entropy_sharded
 
 # Linears that are sharded along their output: each rank has a part of the gradient of their input.
@@ -69,6 +71,7 @@ class LlamaBackward:
         self.dtype = decoder.dtype
         self.device = decoder.device
         self.parallel = decoder.parallel
+        self.widest = decoder.widest
         self.lora_groups = decoder.lora_groups
         self.linear_shapes = decoder.linear_shapes
         self.module_path = decoder.module_path
@@ -96,7 +99,8 @@ class LlamaBackward:
 
         ``store`` keeps every value of the chain that is needed: no GEMM is run twice. ``balanced``
         keeps the input and the attention, and recomputes the query, output and gate/up
-        projections. ``minimal`` keeps the first value that is needed.
+        projections. ``minimal`` keeps the first value that is needed. Of a mixture of experts no
+        policy keeps anything.
         """
         if layer < trained.lowest_layer:
             return {}
@@ -124,7 +128,7 @@ class LlamaBackward:
             wanted += ["attended"] if post_norms and needs_output else []
             trains_gate_up = (layer, "gate_up_proj") in trained
             wanted += ["middle"] if needs.middle or trains_gate_up else []
-            wanted += ["gate_up"]
+            wanted += ["gate_up"] if decoder.routed[layer] is None else []
             wanted += ["transformed"] if post_norms else []
         elif needs_output and policy == "balanced":
             wanted += ["hidden", "attention"]
@@ -158,7 +162,9 @@ class LlamaBackward:
         handles = [decoder.norm.register_forward_pre_hook(on_stream(self.num_layers, "hidden", 0))]
         for index, layer in enumerate(decoder.layers):
             # Not the activation's input: layers may share that module.
-            outputs = [(layer.mlp.gate_up_proj, "gate_up", 2 * decoder.intermediate_size)]
+            outputs = []
+            if decoder.routed[index] is None:
+                outputs.append((layer.mlp.gate_up_proj, "gate_up", 2 * decoder.intermediate_size))
             if decoder.has_head_norms:
                 width = decoder.q_size + decoder.kv_size
                 outputs.append((layer.self_attn.qkv_proj, "projected", width))
@@ -282,6 +288,11 @@ class LlamaBackward:
             lambda: chain.transformed,
             lambda: decoder.layers[layer].post_feedforward_layernorm,
         )
+        if (experts := decoder.routed[layer]) is not None:
+            if not needs.middle:
+                return None
+            d_normed = self._routed_backward(layer, experts, dy, chain.normed_middle)
+            return decoder.norm_of(decoder.mlp_norm(layer)).backward(d_normed, chain.middle, d_out)
         if not needs.gate_up:
             self._project_backward(
                 layer, "down_proj", dy, lambda: activation.forward(chain.gate_up), adapter, False
@@ -307,6 +318,13 @@ class LlamaBackward:
         if d_normed is None:
             return None
         return decoder.norm_of(decoder.mlp_norm(layer)).backward(d_normed, chain.middle, d_out)
+
+    def _routed_backward(
+        self, layer: int, experts: RoutedExperts, dy: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        dx, d_logits = experts.backward(dy, x)
+        dx += self._decoder.weights.input_gradient(layer, "gate", d_logits.to(self.dtype))
+        return self.parallel.all_reduce(dx.to(self.dtype))
 
     def _attention_backward(
         self,

@@ -17,6 +17,8 @@ _FAMILIES: dict[str, Callable[[Any, int], ModelBackward]] = {
     "GraniteForCausalLM": LlamaBackward,
     "Gemma2ForCausalLM": LlamaBackward,
     "Gemma3ForCausalLM": LlamaBackward,
+    "MixtralForCausalLM": LlamaBackward,
+    "Qwen3MoeForCausalLM": LlamaBackward,
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 

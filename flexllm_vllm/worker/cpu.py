@@ -14,6 +14,7 @@ from flexllm_vllm.patches import (
     cpu_adapter_graph,
     cpu_attention_layout,
     cpu_compilation,
+    cpu_experts,
     cpu_linear_weights,
     cpu_lora_ops,
 )
@@ -31,6 +32,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
     def _patch_vllm(self, config: FinetuningConfig) -> None:
         cpu_attention_layout.apply()
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
+        cpu_experts.apply()
         cpu_lora_ops.apply()
         cpu_compilation.apply_to_layers()
         compile_cache.apply(KEY)

@@ -35,8 +35,7 @@ def training_bytes(model: ModelBackward, config: FinetuningConfig, num_tokens: i
     adapters = config.max_jobs * (ADAPTER_BUFFERS * layout.size) + snapshot
     # The gradients of the residual stream, and of K and V, of packs that run backward.
     packs = num_tokens * (model.hidden_size + 2 * model.num_kv_heads * model.head_size)
-    widest = max(sum(s.out_features) for s in model.linear_shapes().values())
-    window = WINDOW_BUFFERS * max(config.max_tokens, CHUNK) * widest
+    window = WINDOW_BUFFERS * max(config.max_tokens, CHUNK) * model.widest
     logits = 2 * CHUNK * model.vocab_size
     return ITEM_BYTES * (adapters + packs + window + logits)
 

@@ -39,7 +39,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "granite", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "phi3", "granite", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"],
+)
 def test_the_shapes_are_those_of_the_model(family: str) -> None:
     values = {
         "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 64,

@@ -72,7 +72,26 @@ MODELS = {
             "full_attention": {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0},
         },
     },
+    # Experts, whose width vLLM pads; routing weights that sum to one.
+    "mixtral-gqa-untied": {
+        "family": "mixtral", "heads": 6, "kv_heads": 2, "head_dim": 32, "inner": 80, "tied": False,
+        "num_local_experts": 6, "num_experts_per_tok": 2,
+    },
+    # Routing weights that do not; an MLP in the second layer, norms of heads.
+    "qwen3moe-mqa-tied": {
+        "family": "qwen3_moe", "heads": 4, "kv_heads": 1, "head_dim": 64, "inner": 320,
+        "tied": True, "hidden": 192, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "mlp_only_layers": [1], "norm_topk_prob": False,
+    },
 }  # fmt: skip
+
+
+# What an adapter on all linears covers, where it is not what it is for Llama.
+TARGETS = {
+    "phi3-gqa-untied": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "mixtral-gqa-untied": ALL_TARGETS[:4],
+    "qwen3moe-mqa-tied": ALL_TARGETS[:4],
+}
 
 
 class Engine:

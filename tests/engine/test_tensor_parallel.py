@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import random_adapter, random_examples, random_model
+from models import ALL_TARGETS, random_adapter, random_examples, random_model
 from prompts import SUBJECTS
 from safetensors.torch import load_file
 from server import (
@@ -19,23 +19,24 @@ from server import (
     wait_for_status,
     wait_for_step,
 )  # fmt: skip
-from test_gradients import MODELS, Engine, assert_equal, reference_gradients
+from test_gradients import MODELS, TARGETS, Engine, assert_equal, reference_gradients
 
 
-@pytest.fixture(scope="module", params=["llama-mha-untied", "qwen2-gqa-tied"])
+@pytest.fixture(scope="module", params=["llama-mha-untied", "qwen2-gqa-tied", "mixtral-gqa-untied"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(request.param)
     model = random_model(folder / "model", **MODELS[request.param])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        engine = Engine(model, folder, tensor_parallel_size=2)
+        options = {"targets": TARGETS.get(request.param, ALL_TARGETS)}
+        engine = Engine(model, folder, tensor_parallel_size=2, **options)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("policy", ["store", "balanced", "minimal"])
 def test_gradients_equal_peft_autograd(engine: Engine, policy: str) -> None:
-    init = random_adapter(engine.model, engine.folder / f"adapter-{policy}")
+    init = random_adapter(engine.model, engine.folder / f"adapter-{policy}", targets=engine.targets)
     examples = random_examples([150, 9, 70])
     expected = reference_gradients(engine, init, examples)
     engine.keep(policy)

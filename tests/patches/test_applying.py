@@ -13,6 +13,7 @@ from flexllm_vllm.patches import (
     access,
     cpu_attention_layout,
     cpu_compilation,
+    cpu_experts,
     cpu_linear_weights,
     endpoint_plugins,
     engine_core,
@@ -27,12 +28,14 @@ def test_a_missing_attribute_is_named() -> None:
 
 def test_patches_are_applied_once() -> None:
     from vllm.entrypoints.launchers import app
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
     from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.engine.core import EngineCoreProc
 
     for patch, owner, name in (
         (cpu_linear_weights, utils, "dispatch_cpu_unquantized_gemm"),
         (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
+        (cpu_experts, unquantized_fused_moe_method, "select_unquantized_moe_backend"),
         (endpoint_plugins, app, "attach_endpoint_plugins"),
         (access, app, "init_entrypoints_middleware"),
         (engine_core, EngineCoreProc, "run_busy_loop"),
