@@ -12,6 +12,7 @@ KEY = "finetuning"
 ACTIVATION_POLICIES = ("store", "balanced", "minimal")
 ACTIVATION_DTYPES = ("auto", "bfloat16", "int8")
 TRACKERS = ("wandb", "mlflow")
+ATTENTION_BACKENDS = ("native", "xformers")
 BASE_WEIGHTS = ("auto", "one-copy", "two-copies")
 
 
@@ -37,6 +38,7 @@ class FinetuningConfig:
         activation_dtype: how it is kept: ``"auto"`` exactly, the others compressed.
         base_weights: ``"one-copy"``, ``"two-copies"``, or ``"auto"``: by the size of the layer
             (``patches/cpu_linear_weights.py``).
+        attention_backend: whose kernels run the backward of attention on a GPU: ours or xformers'.
         tpot_slo_ms: latency target of an iteration that holds inference; None: a multiple of what
             it takes without finetuning (``scheduler/budget.py``).
         checkpoint_interval_s: seconds from one checkpoint of a running job to the next.
@@ -63,6 +65,7 @@ class FinetuningConfig:
     activation_policy: str = "balanced"
     activation_dtype: str = "auto"
     base_weights: str = "auto"
+    attention_backend: str = "native"
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
     checkpoint_interval_s: float = 60.0
@@ -100,6 +103,7 @@ class FinetuningConfig:
             ("--finetuning-activation-policy", self.activation_policy, ACTIVATION_POLICIES),
             ("--finetuning-activation-dtype", self.activation_dtype, ACTIVATION_DTYPES),
             ("--finetuning-base-weights", self.base_weights, BASE_WEIGHTS),
+            ("--finetuning-attention-backend", self.attention_backend, ATTENTION_BACKENDS),
         ):
             if choice not in choices:
                 raise ValueError(f"{flag} is {choice}, must be one of {', '.join(choices)}")

@@ -89,6 +89,11 @@ def check_combination(
             "the backward reads K and V back in the model's dtype",
         ),
     }
+    if device == "cpu":
+        conflicts["--finetuning-attention-backend xformers"] = (
+            getattr(args, "finetuning_attention_backend", None) == "xformers",
+            "xformers has no kernels for CPUs",
+        )
     for flag, (given, reason) in conflicts.items():
         if given:
             raise ValueError(f"--enable-finetuning cannot be used with {flag}: {reason}")

@@ -7,6 +7,7 @@ from typing import Any
 from flexllm_vllm.config import (
     ACTIVATION_DTYPES,
     ACTIVATION_POLICIES,
+    ATTENTION_BACKENDS,
     BASE_WEIGHTS,
     TRACKERS,
     FinetuningConfig,
@@ -93,6 +94,14 @@ def add_flags(parser: Any) -> None:
         "inference uses (two-copies), or unpacks them layer by layer (one-copy: less memory, a "
         f"few microseconds more a layer in inference). (default: {defaults.base_weights}: "
         "two-copies for weights below 16 MiB)",
+    )
+    group.add_argument(
+        "--finetuning-attention-backend",
+        choices=ATTENTION_BACKENDS,
+        default=argparse.SUPPRESS,
+        help="On GPU, whose kernels run the backward of attention: native (ours, on the paged KV "
+        "cache) or xformers (which has to be installed; K and V are gathered for it). (default: "
+        f"{defaults.attention_backend})",
     )
     group.add_argument(
         "--finetuning-tpot-slo-ms",

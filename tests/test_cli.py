@@ -126,6 +126,7 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype"),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
         (["--worker-cls", "my.Worker"], "--worker-cls"),
+        (["--finetuning-attention-backend", "xformers"], "xformers has no kernels for CPUs"),
         (["--headless"], "--headless"),
         (["--grpc"], "--grpc"),
         (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],

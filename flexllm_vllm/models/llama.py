@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flexllm_vllm.kernels import xformers_attention
 from flexllm_vllm.kernels.cross_entropy import (
     LogitForm,
     TokenLosses,
@@ -61,8 +62,18 @@ class _Needs:
 class LlamaBackward:
     """See :class:`flexllm_vllm.models.base.ModelBackward`; of any :class:`Decoder`."""
 
-    def __init__(self, model: Any, max_jobs: int = 1) -> None:
+    def __init__(self, model: Any, max_jobs: int = 1, attention_backend: str = "native") -> None:
         self._decoder = decoder = Decoder(model, max_jobs)
+        self._attention = attention_backward
+        if attention_backend == "xformers":
+            xformers_attention.check(
+                decoder.num_heads,
+                decoder.num_kv_heads,
+                decoder.head_size,
+                decoder.dtype,
+                decoder.device,
+            )
+            self._attention = xformers_attention.attention_backward
         self.num_layers = len(decoder.layers)
         self.num_kv_heads = decoder.num_kv_heads
         self.head_size = decoder.head_size
@@ -348,7 +359,7 @@ class LlamaBackward:
         dq = torch.empty(heads, device=self.device)
         for segment in segments:
             rows = segment.rows
-            dq[rows] = attention_backward(
+            dq[rows] = self._attention(
                 d_attention.view(heads)[rows],
                 query[rows],
                 self.kv_cache(layer),

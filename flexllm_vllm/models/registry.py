@@ -8,7 +8,7 @@ import torch
 from flexllm_vllm.models.base import ModelBackward
 from flexllm_vllm.models.llama import LlamaBackward
 
-_FAMILIES: dict[str, Callable[[Any, int], ModelBackward]] = {
+_FAMILIES: dict[str, Callable[[Any, int, str], ModelBackward]] = {
     "LlamaForCausalLM": LlamaBackward,
     "MistralForCausalLM": LlamaBackward,
     "Qwen2ForCausalLM": LlamaBackward,
@@ -33,7 +33,10 @@ def check_architecture(architectures: list[str]) -> None:
 
 
 def build_backward(
-    model: torch.nn.Module, architectures: list[str], max_jobs: int = 1
+    model: torch.nn.Module,
+    architectures: list[str],
+    max_jobs: int = 1,
+    attention_backend: str = "native",
 ) -> ModelBackward:
     """The backward of a loaded vLLM model.
 
@@ -41,10 +44,12 @@ def build_backward(
         model: vLLM's model.
         architectures: of the model's configuration.
         max_jobs: adapters that train at once.
+        attention_backend: one of :data:`flexllm_vllm.config.ATTENTION_BACKENDS`.
 
     Raises:
-        ValueError: the architecture is not supported, or this model of it is not.
+        ValueError: the architecture is not supported, or this model of it is not, or the back-end
+            does not fit.
     """
     check_architecture(architectures)
     name = next(name for name in architectures if name in _FAMILIES)
-    return _FAMILIES[name](model, max_jobs)
+    return _FAMILIES[name](model, max_jobs, attention_backend)

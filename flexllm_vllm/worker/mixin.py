@@ -104,7 +104,10 @@ class FinetuningWorkerMixin(_Base):
         super().load_model(*args, **kwargs)
         # Refuses an unsupported model now, before the KV cache takes the memory.
         self._backward = build_backward(
-            self._model, self.model_config.architectures, self._finetuning.max_jobs
+            self._model,
+            self.model_config.architectures,
+            self._finetuning.max_jobs,
+            self._finetuning.attention_backend,
         )
 
     @property
