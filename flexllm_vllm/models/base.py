@@ -40,11 +40,14 @@ class LinearShape:
         in_features: width of its input.
         out_features: width of the output of each target in it.
         sharded: along which of the two vLLM shards it over a tensor-parallel group.
+        parts: of each target, the widths that are sharded one by one where it is itself merged
+            (queries, keys and values of a ``qkv_proj``); empty where none is.
     """
 
     in_features: int
     out_features: tuple[int, ...]
     sharded: Literal["input", "output"]
+    parts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

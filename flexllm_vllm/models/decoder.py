@@ -132,8 +132,6 @@ class Decoder:
                 f"finetuning needs a --tensor-parallel-size that divides the {num_kv_heads} KV "
                 f"heads of the model, and {size} does not: vLLM would keep one on several ranks"
             )
-        if size > 1 and self.lora_groups is MERGED_LORA_GROUPS:
-            raise ValueError("finetuning over several ranks needs separate q, k and v projections")
         if any(getattr(x, "do_llama_4_scaling", False) for x in attentions):
             raise ValueError("finetuning does not support queries scaled by their position yet")
         if any(getattr(x, "sinks", None) is not None for x in attentions):
@@ -150,14 +148,16 @@ class Decoder:
         """Shapes of the merged linears that an adapter may cover, whole."""
         hidden, size = self.hidden_size, self.parallel.size
         q, kv, inner = self.q_size * size, self.kv_size * size, self.intermediate_size * size
-        qkv: tuple[int, ...] = (q, kv, kv)
-        gate_up: tuple[int, ...] = (inner, inner)
-        if self.lora_groups is MERGED_LORA_GROUPS:
-            qkv, gate_up = (sum(qkv),), (sum(gate_up),)
+
+        def merged(*widths: int) -> LinearShape:
+            if self.lora_groups is MERGED_LORA_GROUPS:
+                return LinearShape(hidden, (sum(widths),), "output", (widths,))
+            return LinearShape(hidden, widths, "output")
+
         shapes = {
-            "qkv_proj": LinearShape(hidden, qkv, "output"),
+            "qkv_proj": merged(q, kv, kv),
             "o_proj": LinearShape(q, (hidden,), "input"),
-            "gate_up_proj": LinearShape(hidden, gate_up, "output"),
+            "gate_up_proj": merged(inner, inner),
             "down_proj": LinearShape(inner, (hidden,), "input"),
         }
         return {name: shapes[name] for name in self.lora_groups}

@@ -8,6 +8,7 @@ together at the beginning of a rank's buffer, to be summed in one piece, once a 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,14 @@ class _Matrix:
         shape: of the whole matrix.
         local: of this rank's part.
         sharded: the dimension along which it is a part; None where every rank has all of it.
+        parts: widths along it that are sharded one by one; empty where it is sharded as a whole.
         whole_offset, offset: first element in the whole adapter's buffer, and in this rank's.
     """
 
     shape: tuple[int, int]
     local: tuple[int, int]
     sharded: int | None
+    parts: tuple[int, ...] = ()
     whole_offset: int = 0
     offset: int = 0
 
@@ -43,13 +46,23 @@ class _Matrix:
     def of_rank(self, flat: torch.Tensor) -> torch.Tensor:
         return flat[self.offset : self.offset + math.prod(self.local)].view(self.local)
 
-    def part(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
-        """What a rank has of it in a buffer of the whole adapter."""
-        matrix = self.of_whole(flat)
-        if self.sharded is None:
-            return matrix
-        width = self.local[self.sharded]
-        return matrix.narrow(self.sharded, rank * width, width)
+    def pieces(
+        self, whole: torch.Tensor, local: torch.Tensor, rank: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the same elements in the whole adapter's buffer and in a rank's."""
+        in_whole, in_local, dim = self.of_whole(whole), self.of_rank(local), self.sharded
+        if dim is None:
+            yield in_whole, in_local
+            return
+        size = self.shape[dim] // self.local[dim]
+        first = 0
+        for part in self.parts or (self.shape[dim],):
+            width = part // size
+            yield (
+                in_whole.narrow(dim, first + rank * width, width),
+                in_local.narrow(dim, first // size, width),
+            )
+            first += part
 
 
 @dataclass
@@ -113,7 +126,12 @@ class FlatLayout:
             widths,
             _Matrix((rows, shape.in_features), (rows, in_features), None if by_output else 1),
             [
-                _Matrix((shape.out_features[i], r), (widths[i], r), 0 if by_output else None)
+                _Matrix(
+                    (shape.out_features[i], r),
+                    (widths[i], r),
+                    0 if by_output else None,
+                    parts=shape.parts[i] if shape.parts else (),
+                )
                 for i in targets
             ],
         )
@@ -155,7 +173,8 @@ class FlatLayout:
             return whole
         flat = whole.new_empty(self.size)
         for matrix in self._matrices():
-            matrix.of_rank(flat).copy_(matrix.part(whole, self._parallel.rank))
+            for of_whole, of_rank in matrix.pieces(whole, flat, self._parallel.rank):
+                of_rank.copy_(of_whole)
         return flat
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
@@ -169,7 +188,8 @@ class FlatLayout:
         for rank, part in enumerate(self._parallel.all_gather(flat)):
             for matrix in self._matrices():
                 if rank == 0 or matrix.sharded is not None:
-                    matrix.part(whole, rank).copy_(matrix.of_rank(part))
+                    for of_whole, of_rank in matrix.pieces(whole, part, rank):
+                        of_whole.copy_(of_rank)
         return whole
 
     def _matrices(self) -> list[_Matrix]:

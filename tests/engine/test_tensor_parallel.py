@@ -22,7 +22,10 @@ from server import (
 from test_gradients import MODELS, TARGETS, Engine, assert_equal, reference_gradients
 
 
-@pytest.fixture(scope="module", params=["llama-mha-untied", "qwen2-gqa-tied", "mixtral-gqa-untied"])
+@pytest.fixture(
+    scope="module",
+    params=["llama-mha-untied", "qwen2-gqa-tied", "phi3-gqa-untied", "mixtral-gqa-untied"],
+)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(request.param)
     model = random_model(folder / "model", **MODELS[request.param])

@@ -10,11 +10,12 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexllm_vllm import checkpoints
-from flexllm_vllm.models.base import LORA_GROUPS, LinearShape
+from flexllm_vllm.models.base import LORA_GROUPS, MERGED_LORA_GROUPS, LinearShape
 from flexllm_vllm.models.parallel import TensorParallel
 from flexllm_vllm.plan import SaveAdapter, TrainAdapter
 from flexllm_vllm.worker.adapter import TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
+from flexllm_vllm.worker.flat_layout import FlatLayout
 from flexllm_vllm.worker.saver import AdapterSaver
 
 ONE_RANK = TensorParallel()
@@ -179,3 +180,38 @@ def test_an_adapter_whose_snapshot_is_there_does_not_wait_for_a_slow_disk(tmp_pa
     disk.set()
     assert saver.wait_for_all(30)
     assert [result.error for result in saver.take_results()] == [None, None]
+
+
+class MergedShapes(Shapes):
+    """As of Phi-3: q, k and v in one target, gate and up in another."""
+
+    lora_groups = MERGED_LORA_GROUPS
+
+    def linear_shapes(self) -> dict[str, LinearShape]:
+        return {
+            "qkv_proj": LinearShape(HIDDEN, (HIDDEN + 2 * KV,), "output", ((HIDDEN, KV, KV),)),
+            "gate_up_proj": LinearShape(HIDDEN, (2 * INNER,), "output", ((INNER, INNER),)),
+            "down_proj": LinearShape(INNER, (HIDDEN,), "input"),
+        }
+
+
+def test_a_merged_target_is_sharded_part_by_part() -> None:
+    spec = TrainAdapter("job", 1, 4, 8.0, False, ("qkv_proj", "gate_up_proj", "down_proj"), 0, None,
+                        (0.9, 0.999), 1e-8, 0.0)  # fmt: skip
+    layouts = [
+        FlatLayout(spec, MergedShapes(TensorParallel(rank, 2)))  # type: ignore[arg-type]
+        for rank in range(2)
+    ]
+    whole = torch.arange(layouts[0].whole_size, dtype=torch.float32)
+    shards = [layout.shard(whole) for layout in layouts]
+    of_rank = layouts[1].groups(shards[1])[0, "qkv_proj"].b[0]
+    matrix = FlatLayout(spec, MergedShapes(ONE_RANK)).groups(whole)[0, "qkv_proj"].b[0]  # type: ignore[arg-type]
+    q, k, v = matrix.split((HIDDEN, KV, KV))
+    assert torch.equal(of_rank, torch.cat([part.chunk(2)[1] for part in (q, k, v)]))
+
+    class Gathered(TensorParallel):
+        def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return shards
+
+    together = FlatLayout(spec, MergedShapes(Gathered(0, 2)))  # type: ignore[arg-type]
+    assert torch.equal(together.gather(shards[0]), whole)
