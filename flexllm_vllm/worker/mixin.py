@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtyp
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.memory import training_bytes
 from flexllm_vllm.worker.model_runners import follow_batch_order, with_result
+from flexllm_vllm.worker.side_stream import SideStream
 from flexllm_vllm.worker.trainer import Trainer, kept_per_token
 
 if TYPE_CHECKING:  # the mix-in extends its methods
@@ -62,6 +64,7 @@ class FinetuningWorkerMixin(_Base):
         self._finetuning = config
         self._trainer: Trainer | None = None
         self._plan: StepPlan | None = None
+        self._side: SideStream | None = None
         self._patch_vllm(config)
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
 
@@ -77,6 +80,10 @@ class FinetuningWorkerMixin(_Base):
             ValueError: it would not.
         """
         raise NotImplementedError
+
+    def _build_side_stream(self) -> SideStream | None:
+        """A stream for the finetuning work beside the forward's; None where it runs before."""
+        return None
 
     def _prepare_eager(
         self, model: torch.nn.Module, capture: Capture
@@ -160,6 +167,7 @@ class FinetuningWorkerMixin(_Base):
         self._check_kv_layout()
         cache = ActivationCache(*self._cache_shape(), self.device)
         self._announce(cache)
+        self._side = self._build_side_stream()
         slots = TrainingSlots(self._lora_manager, self.lora_dtype, self.device)
         self._trainer = Trainer(model, self._policy, cache, slots)
         self._batch_order = follow_batch_order(runner)
@@ -202,11 +210,14 @@ class FinetuningWorkerMixin(_Base):
         for req_id in self._batch_order():
             offsets[req_id] = first
             first += self._num_scheduled_tokens[req_id]
-        self._trainer.begin_forward(self._plan.forward, offsets)
+        with self._side.allocating() if self._side else nullcontext():
+            self._trainer.begin_forward(self._plan.forward, offsets)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "finetuning", None)
+        if self._side is not None:
+            self._side.wait_for_last()
         if self._trainer is None or (plan is None and not self._trainer.saver.is_busy):
             return super().execute_model(scheduler_output)
         plan = plan or StepPlan()
@@ -215,7 +226,8 @@ class FinetuningWorkerMixin(_Base):
             self._trainer.saver.wait(WAIT_FOR_DISK_S)
         self._plan = plan
         self._num_scheduled_tokens = scheduler_output.num_scheduled_tokens
-        self._trainer.run(plan)
+        with self._work(before_forward=bool(plan.forward)):
+            self._trainer.run(plan)
         try:
             output = super().execute_model(scheduler_output)
         finally:
@@ -225,13 +237,18 @@ class FinetuningWorkerMixin(_Base):
             return self._with_result(output)
         return output
 
+    def _work(self, before_forward: bool) -> AbstractContextManager[None]:
+        """Within it the finetuning work of an iteration is given to the device."""
+        return self._side.work(before_forward) if self._side else nullcontext()
+
     @torch.inference_mode()
     def finetuning_save(self, orders: list[SaveAdapter], timeout_s: float) -> StepResult:
         """Writes adapters now and waits for it, and for those that are being written: called by the
         engine when it ends (``collective_rpc``)."""
         if self._trainer is None:
             return StepResult()
-        self._trainer.run(StepPlan(save=orders))
+        with self._work(before_forward=True):
+            self._trainer.run(StepPlan(save=orders))
         if not self._trainer.saver.wait_for_all(timeout_s):
             logger.warning("the disk is too slow: a checkpoint is not complete")
         return self._trainer.take_result().get()
