@@ -17,7 +17,6 @@ PACKAGE = "flexllm_vllm"
 # Operations: the module of flexllm_vllm.models that calls them, and what the report calls them.
 BACKWARD = {
     ("llama", "lora_backward"): "backward: LoRA gradients",
-    ("llama", "attention_backward"): "backward: attention",
     ("llama", "linear_cross_entropy"): "loss head, forward and backward",
     ("norm", "rms_norm_backward"): "backward: norms",
     ("norm", "rms_norm"): "recomputed: norms",
@@ -60,6 +59,7 @@ def on_worker_start_profile(worker: Any) -> None:
     flop = {"linear_cross_entropy": head}
     for (module, name), label in BACKWARD.items():
         timed(importlib.import_module(f"{PACKAGE}.models.{module}"), name, label, flop.get(name))
+    timed(worker._trainer.model, "_attention", "backward: attention")
     decoder = worker._trainer.model._decoder
     activation = SimpleNamespace(**vars(decoder.activation))
     timed(activation, "backward", "backward: activation")
