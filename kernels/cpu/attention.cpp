@@ -1,6 +1,9 @@
 // Causal attention over vLLM's paged K and V: the backward for a window of queries, and the forward
 // again where its output was not kept. See paged_attention.py for the formulas and the layout.
 //
+// Everything that has a side as long as the sequence lies in tiles of kKeys keys, each contiguous:
+// whole rows would be kilobytes apart, a page of memory for each step of an inner loop.
+//
 // Softmax rows exist for one block of queries at a time. Within a block the work is split twice: by
 // head and queries (P, dS and dQ), then by KV head and keys (dK and dV). No two threads write to
 // the same place, so results do not depend on who runs when.
@@ -10,8 +13,8 @@ namespace finetuning {
 namespace {
 
 constexpr long kQueries = 64;     // a block of queries
-constexpr long kSubQueries = 32;  // what one task of the first split handles
-constexpr long kKeys = 64;        // what one task of the second split handles
+constexpr long kSubQueries = 16;  // what one task of the first split handles: its rows fit in L2
+constexpr long kKeys = 64;        // a tile of keys, and what one task of the second split handles
 
 Scratch scratch;
 
@@ -19,49 +22,51 @@ struct Shape {
   long queries, start, heads, kv_heads, head_size, block_size;
   float scale;
   long keys() const { return start + queries; }
-  // A row more than a multiple of 4 KB apart would share its cache sets with all others.
-  long padded() const { return round_up(keys(), kKeys) + kLanes; }
+  long tiles() const { return tiles_to(keys()); }
   long group() const { return heads / kv_heads; }
+  static long tiles_to(long key) { return (key + kKeys - 1) / kKeys; }
 };
 
-// Per KV head, in float32: K^T and V^T [head_size, padded], K (or V) plain [padded, head_size].
+// Per KV head, in float32: K^T and V^T in tiles [head_size, kKeys], K (or V) plain, [keys,
+// head_size]. Keys that fill up the last tile are zero.
 template <class T>
 void read_cache(const Shape& s, const T* cache, long block_stride, long head_stride,
                 const int64_t* blocks, float* key_t, float* value_t, float* plain,
                 bool plain_is_key) {
-  const long padded = s.padded(), d = s.head_size, tile = kKeys;
-  const long tiles = padded / tile;
+  const long d = s.head_size, tiles = s.tiles();
 #pragma omp parallel for collapse(2)
   for (long h = 0; h < s.kv_heads; ++h)
     for (long t = 0; t < tiles; ++t) {
-      float* kt = key_t + h * d * padded;
-      float* vt = value_t == nullptr ? nullptr : value_t + h * d * padded;
-      float* rows = plain + h * padded * d;
-      long key = t * tile;
-      const long end = key + tile < s.keys() ? key + tile : s.keys();
+      const long at_tile = (h * tiles + t) * kKeys * d;
+      float* kt = key_t + at_tile;
+      float* vt = value_t == nullptr ? nullptr : value_t + at_tile;
+      float* rows = plain + at_tile;
+      const long first = t * kKeys;
+      const long end = first + kKeys < s.keys() ? first + kKeys : s.keys();
+      long key = first;
       while (key < end) {  // a run of keys within one block of the cache
-        const long at = key % s.block_size;
+        const long at = key % s.block_size, to = key - first;
         const long n = s.block_size - at < end - key ? s.block_size - at : end - key;
         const T* block = cache + blocks[key / s.block_size] * block_stride + h * head_stride;
         const T* k = block + at;
         const T* v = block + d * s.block_size + at * d;
         for (long i = 0; i < d; ++i) {
 #pragma omp simd
-          for (long j = 0; j < n; ++j) kt[i * padded + key + j] = load(k + i * s.block_size + j);
+          for (long j = 0; j < n; ++j) kt[i * kKeys + to + j] = load(k + i * s.block_size + j);
         }
         for (long j = 0; j < n; ++j)
           for (long i = 0; i < d; ++i) {
             const float value = load(v + j * d + i);
-            if (vt != nullptr) vt[i * padded + key + j] = value;
-            rows[(key + j) * d + i] = plain_is_key ? load(k + i * s.block_size + j) : value;
+            if (vt != nullptr) vt[i * kKeys + to + j] = value;
+            rows[(to + j) * d + i] = plain_is_key ? load(k + i * s.block_size + j) : value;
           }
         key += n;
       }
-      for (; key < (t + 1) * tile; ++key)
+      for (long to = key - first; to < kKeys; ++to)
         for (long i = 0; i < d; ++i) {
-          kt[i * padded + key] = 0;
-          if (vt != nullptr) vt[i * padded + key] = 0;
-          rows[key * d + i] = 0;
+          kt[i * kKeys + to] = 0;
+          if (vt != nullptr) vt[i * kKeys + to] = 0;
+          rows[to * d + i] = 0;
         }
     }
 }
@@ -73,42 +78,41 @@ void copy_rows(const T* x, long row_stride, long rows, long width, float* out) {
     for (long i = 0; i < width; ++i) out[r * width + i] = load(x + r * row_stride + i);
 }
 
-// p[0, valid) = softmax(scale * p[0, valid)), zero up to `width`.
-void softmax_row(float* p, long valid, long width, float scale) {
-  float top = -__builtin_inff();
+// How many keys of the tile that begins at key `from` a query at `position` sees.
+inline long seen_of_tile(long position, long from) {
+  const long seen = position + 1 - from;
+  return seen < 0 ? 0 : seen < kKeys ? seen : kKeys;
+}
+
+inline float largest(const float* x, long n, float top) {
 #pragma omp simd reduction(max : top)
-  for (long i = 0; i < valid; ++i) top = p[i] > top ? p[i] : top;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < valid; ++i) {
-    p[i] = fast_exp(scale * (p[i] - top));
-    sum += p[i];
-  }
-  const float inverse = 1.0f / sum;
-#pragma omp simd
-  for (long i = 0; i < valid; ++i) p[i] *= inverse;
-  for (long i = valid; i < width; ++i) p[i] = 0;
+  for (long i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
 }
 
 template <class T>
 void backward(const Shape& s, const T* d_out, const T* query, const T* cache, long block_stride,
               long head_stride, const int64_t* blocks, float* dk, float* dv, long kv_stride,
               float* dq) {
-  const long d = s.head_size, padded = s.padded(), hd = s.heads * d;
-  float* key_t = scratch.reserve(s.kv_heads * padded * d * 3 + s.heads * kQueries * d * 2 +
-                                 s.heads * kQueries * padded * 2);
-  float* value_t = key_t + s.kv_heads * padded * d;
-  float* key = value_t + s.kv_heads * padded * d;
-  float* q_rows = key + s.kv_heads * padded * d;
+  const long d = s.head_size, tiles = s.tiles(), hd = s.heads * d, group = s.group();
+  const long kv_size = s.kv_heads * tiles * kKeys * d;
+  float* key_t = scratch.reserve(kv_size * 3 + s.heads * kQueries * d * 2 +
+                                 s.heads * kQueries * tiles * kKeys * 2);
+  float* value_t = key_t + kv_size;
+  float* key = value_t + kv_size;
+  // A head's rows are followed by those of the next head that shares its K and V.
+  float* q_rows = key + kv_size;
   float* do_rows = q_rows + s.heads * kQueries * d;
-  float* p_rows = do_rows + s.heads * kQueries * d;
-  float* ds_rows = p_rows + s.heads * kQueries * padded;
+  // Of each KV head and tile: [queries of its heads, kKeys].
+  float* p_tiles = do_rows + s.heads * kQueries * d;
+  float* ds_tiles = p_tiles + s.heads * kQueries * tiles * kKeys;
   read_cache(s, cache, block_stride, head_stride, blocks, key_t, value_t, key, true);
 
   for (long first = 0; first < s.queries; first += kQueries) {
     const long count = s.queries - first < kQueries ? s.queries - first : kQueries;
-    const long width = round_up(s.start + first + count, kKeys);  // keys this block can see
+    const long used = Shape::tiles_to(s.start + first + count);  // tiles this block can see
     const long subs = (count + kSubQueries - 1) / kSubQueries;
+    const long tile_size = group * count * kKeys;
 #pragma omp parallel
     {
 #pragma omp for collapse(2) schedule(static)
@@ -116,50 +120,73 @@ void backward(const Shape& s, const T* d_out, const T* query, const T* cache, lo
         for (long sub = 0; sub < subs; ++sub) {
           const long at = sub * kSubQueries;
           const long n = count - at < kSubQueries ? count - at : kSubQueries;
-          const long kv = h / s.group();
-          float* q = q_rows + (h * kQueries + at) * d;
-          float* g = do_rows + (h * kQueries + at) * d;
-          float* p = p_rows + (h * kQueries + at) * padded;
-          float* ds = ds_rows + (h * kQueries + at) * padded;
+          const long kv = h / group, row = (h % group) * count + at;
+          const long position = s.start + first + at;  // of the first row
+          float* q = q_rows + (h * count + at) * d;
+          float* g = do_rows + (h * count + at) * d;
+          const long kv_at = kv * tiles * kKeys * d;
+          float* p = p_tiles + kv * tiles * tile_size + row * kKeys;
+          float* ds = ds_tiles + kv * tiles * tile_size + row * kKeys;
           copy_rows(query + (first + at) * hd + h * d, hd, n, d, q);
           copy_rows(d_out + (first + at) * hd + h * d, hd, n, d, g);
-          const long seen = round_up(s.start + first + at + n, kLanes);
-          multiply(q, d, 1, key_t + kv * d * padded, padded, p, padded, n, seen, d, false);
-          multiply(g, d, 1, value_t + kv * d * padded, padded, ds, padded, n, seen, d, false);
-          for (long r = 0; r < n; ++r) {
-            const long valid = s.start + first + at + r + 1;
-            float* pr = p + r * padded;
-            float* dr = ds + r * padded;
-            softmax_row(pr, valid, width, s.scale);
-            float delta = 0;
-#pragma omp simd reduction(+ : delta)
-            for (long i = 0; i < valid; ++i) delta += pr[i] * dr[i];
-#pragma omp simd
-            for (long i = 0; i < valid; ++i) dr[i] = s.scale * pr[i] * (dr[i] - delta);
-            for (long i = valid; i < width; ++i) dr[i] = 0;
+
+          float top[kSubQueries], sum[kSubQueries], delta[kSubQueries];
+          for (long r = 0; r < n; ++r) top[r] = -__builtin_inff(), sum[r] = 0, delta[r] = 0;
+          const long seen = Shape::tiles_to(position + n);
+          for (long t = 0; t < seen; ++t) {
+            float* pt = p + t * tile_size;
+            multiply(q, d, 1, key_t + kv_at + t * kKeys * d, kKeys, pt, kKeys, n, kKeys, d, false);
+            multiply(g, d, 1, value_t + kv_at + t * kKeys * d, kKeys, ds + t * tile_size, kKeys, n,
+                     kKeys, d, false);
+            for (long r = 0; r < n; ++r)
+              top[r] = largest(pt + r * kKeys, seen_of_tile(position + r, t * kKeys), top[r]);
           }
-          multiply(ds, padded, 1, key + kv * padded * d, d, dq + (first + at) * hd + h * d, hd, n,
-                   d, seen, false);
+          for (long t = 0; t < seen; ++t)
+            for (long r = 0; r < n; ++r) {
+              float* pr = p + t * tile_size + r * kKeys;
+              float* dr = ds + t * tile_size + r * kKeys;
+              const long valid = seen_of_tile(position + r, t * kKeys);
+              const float most = top[r];
+              float total = 0, product = 0;
+#pragma omp simd reduction(+ : total, product)
+              for (long i = 0; i < valid; ++i) {
+                pr[i] = fast_exp(s.scale * (pr[i] - most));
+                total += pr[i];
+                product += pr[i] * dr[i];
+              }
+              sum[r] += total;
+              delta[r] += product;
+              for (long i = valid; i < kKeys; ++i) pr[i] = dr[i] = 0;
+            }
+          for (long t = 0; t < seen; ++t) {
+            for (long r = 0; r < n; ++r) {
+              float* pr = p + t * tile_size + r * kKeys;
+              float* dr = ds + t * tile_size + r * kKeys;
+              const float inverse = 1.0f / sum[r], mean = delta[r] * inverse;
+#pragma omp simd
+              for (long i = 0; i < kKeys; ++i) {
+                pr[i] *= inverse;
+                dr[i] = s.scale * pr[i] * (dr[i] - mean);
+              }
+            }
+            multiply(ds + t * tile_size, kKeys, 1, key + kv_at + t * kKeys * d, d,
+                     dq + (first + at) * hd + h * d, hd, n, d, kKeys, t > 0);
+          }
+          for (long t = seen; t < used; ++t) {
+            std::memset(p + t * tile_size, 0, n * kKeys * sizeof(float));
+            std::memset(ds + t * tile_size, 0, n * kKeys * sizeof(float));
+          }
         }
 #pragma omp for collapse(2) schedule(static)
       for (long kv = 0; kv < s.kv_heads; ++kv)
-        for (long tile = 0; tile < width / kKeys; ++tile) {
-          const long from = tile * kKeys;
-          const long n = s.keys() - from < kKeys ? s.keys() - from : kKeys;
-          // Queries before these keys do not see them.
-          long skip = from - s.start - first;
-          skip = skip < 0 ? 0 : skip;
-          if (skip >= count) continue;
-          for (long h = kv * s.group(); h < (kv + 1) * s.group(); ++h) {
-            const float* p = p_rows + (h * kQueries + skip) * padded + from;
-            const float* ds = ds_rows + (h * kQueries + skip) * padded + from;
-            const float* q = q_rows + (h * kQueries + skip) * d;
-            const float* g = do_rows + (h * kQueries + skip) * d;
-            multiply(p, 1, padded, g, d, dv + kv * kv_stride + from * d, d, n, d, count - skip,
-                     true);
-            multiply(ds, 1, padded, q, d, dk + kv * kv_stride + from * d, d, n, d, count - skip,
-                     true);
-          }
+        for (long t = 0; t < used; ++t) {
+          const long n = s.keys() - t * kKeys < kKeys ? s.keys() - t * kKeys : kKeys;
+          const long rows = group * count, to = kv * kv_stride + t * kKeys * d;
+          const long at = (kv * tiles + t) * tile_size;
+          multiply(p_tiles + at, 1, kKeys, do_rows + kv * rows * d, d, dv + to, d, n, d, rows,
+                   true);
+          multiply(ds_tiles + at, 1, kKeys, q_rows + kv * rows * d, d, dk + to, d, n, d, rows,
+                   true);
         }
     }
   }
@@ -168,36 +195,60 @@ void backward(const Shape& s, const T* d_out, const T* query, const T* cache, lo
 template <class T>
 void forward(const Shape& s, const T* query, const T* cache, long block_stride, long head_stride,
              const int64_t* blocks, T* out) {
-  const long d = s.head_size, padded = s.padded(), hd = s.heads * d;
-  float* key_t = scratch.reserve(s.kv_heads * padded * d * 2 + s.heads * kQueries * d * 2 +
-                                 s.heads * kQueries * padded);
-  float* value = key_t + s.kv_heads * padded * d;
-  float* q_rows = value + s.kv_heads * padded * d;
-  float* o_rows = q_rows + s.heads * kQueries * d;
-  float* p_rows = o_rows + s.heads * kQueries * d;
+  const long d = s.head_size, tiles = s.tiles(), hd = s.heads * d;
+  const long kv_size = s.kv_heads * tiles * kKeys * d;
+  const long subs = (s.queries + kSubQueries - 1) / kSubQueries;
+  // Scores of as many tasks as run at a time.
+  const long at_once = s.heads * (kQueries / kSubQueries), task = kSubQueries * tiles * kKeys;
+  float* key_t = scratch.reserve(kv_size * 2 + at_once * (2 * kSubQueries * d + task));
+  float* value = key_t + kv_size;
+  float* rows = value + kv_size;
   read_cache(s, cache, block_stride, head_stride, blocks, key_t, static_cast<float*>(nullptr),
              value, false);
-  const long subs = kQueries / kSubQueries;
-  for (long first = 0; first < s.queries; first += kQueries) {
+  for (long first = 0; first < subs; first += kQueries / kSubQueries) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (long h = 0; h < s.heads; ++h)
-      for (long sub = 0; sub < subs; ++sub) {
-        const long at = first + sub * kSubQueries;
+      for (long sub = 0; sub < kQueries / kSubQueries; ++sub) {
+        const long at = (first + sub) * kSubQueries;
         if (at >= s.queries) continue;
         const long n = s.queries - at < kSubQueries ? s.queries - at : kSubQueries;
-        const long kv = h / s.group(), slot = h * kQueries + sub * kSubQueries;
-        float* q = q_rows + slot * d;
-        float* o = o_rows + slot * d;
-        float* p = p_rows + slot * padded;
+        const long position = s.start + at, kv_at = h / s.group() * tiles * kKeys * d;
+        float* q = rows + (h * (kQueries / kSubQueries) + sub) * (2 * kSubQueries * d + task);
+        float* o = q + kSubQueries * d;
+        float* p = o + kSubQueries * d;
         copy_rows(query + at * hd + h * d, hd, n, d, q);
-        const long seen = round_up(s.start + at + n, kLanes);
-        multiply(q, d, 1, key_t + kv * d * padded, padded, p, padded, n, seen, d, false);
-        for (long r = 0; r < n; ++r)
-          softmax_row(p + r * padded, s.start + at + r + 1, seen, s.scale);
-        multiply(p, padded, 1, value + kv * padded * d, d, o, d, n, d, seen, false);
-        for (long r = 0; r < n; ++r)
+        float top[kSubQueries], sum[kSubQueries];
+        for (long r = 0; r < n; ++r) top[r] = -__builtin_inff(), sum[r] = 0;
+        const long seen = Shape::tiles_to(position + n);
+        for (long t = 0; t < seen; ++t) {
+          float* pt = p + t * kSubQueries * kKeys;
+          multiply(q, d, 1, key_t + kv_at + t * kKeys * d, kKeys, pt, kKeys, n, kKeys, d, false);
+          for (long r = 0; r < n; ++r)
+            top[r] = largest(pt + r * kKeys, seen_of_tile(position + r, t * kKeys), top[r]);
+        }
+        for (long t = 0; t < seen; ++t) {
+          float* pt = p + t * kSubQueries * kKeys;
+          for (long r = 0; r < n; ++r) {
+            float* pr = pt + r * kKeys;
+            const long valid = seen_of_tile(position + r, t * kKeys);
+            const float most = top[r];
+            float total = 0;
+#pragma omp simd reduction(+ : total)
+            for (long i = 0; i < valid; ++i) {
+              pr[i] = fast_exp(s.scale * (pr[i] - most));
+              total += pr[i];
+            }
+            sum[r] += total;
+            for (long i = valid; i < kKeys; ++i) pr[i] = 0;
+          }
+          multiply(pt, kKeys, 1, value + kv_at + t * kKeys * d, d, o, d, n, d, kKeys, t > 0);
+        }
+        for (long r = 0; r < n; ++r) {
+          const float inverse = 1.0f / sum[r];
 #pragma omp simd
-          for (long i = 0; i < d; ++i) store(out + (at + r) * hd + h * d + i, o[r * d + i]);
+          for (long i = 0; i < d; ++i)
+            store(out + (at + r) * hd + h * d + i, o[r * d + i] * inverse);
+        }
       }
   }
 }

@@ -117,9 +117,11 @@ template <int NR>
 inline void multiply_columns(const float* a, long a_row, long a_inner, const float* b, long b_row,
                              float* c, long c_row, long rows, long inner, bool add) {
   long m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
+  for (; m + kTileRows <= rows && rows - m != 8; m += kTileRows)  // 8 rows are better as 4 and 4
     multiply_tile<kTileRows, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row,
                                  inner, add);
+  for (; m + 4 <= rows; m += 4)
+    multiply_tile<4, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
   for (; m + 2 <= rows; m += 2)
     multiply_tile<2, NR>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, add);
   for (; m < rows; ++m)
