@@ -1,7 +1,7 @@
 # Each target works from a clean clone.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-gpu lint bench-train bench-lora bench-coserve bench-kernels simulate model setup clean
+.PHONY: demo serve test test-gpu lint bench-train bench-lora bench-coserve bench-gpu simulate model setup clean
 
 DATA ?=
 
@@ -31,7 +31,7 @@ bench-lora: model  ## LoRA inference against stock vLLM
 bench-coserve: model  ## inference and finetuning at once, against the alternatives; DATA=chat.jsonl for real data
 	$(PY) -m benchmarks.coserve --model "$$($(PY) setup/demo_model.py)" $(if $(DATA),--data $(DATA))
 
-bench-kernels:  ## the backward's operations against torch's, on a GPU if there is one
+bench-gpu:  ## the backward's operations against torch's, on a GPU if there is one
 	$(PY) -m benchmarks.kernels
 
 simulate: setup  ## hours of traffic through the scheduler, without a model behind it

@@ -71,10 +71,6 @@ def check_combination(
             engine_args.speculative_config,
             "draft tokens and finetuning rows do not share a batch yet",
         ),
-        "--quantization": (
-            engine_args.quantization,
-            "the backward needs plain weights",
-        ),
         "--no-disable-hybrid-kv-cache-manager": (
             engine_args.disable_hybrid_kv_cache_manager is False,
             "where only some layers have a sliding window vLLM frees the blocks behind it in those "

@@ -1,9 +1,11 @@
 """What we compare with: HF transformers and PEFT, autograd, torch's AdamW."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 Example = tuple[list[int], list[int]]
@@ -19,6 +21,17 @@ def load_peft(model: str | Path, adapter: str | Path) -> PeftModel:
         str(model), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+
+
+def round_inputs(model: PeftModel, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The frozen linears round their inputs, which the gradient does not see."""
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return inputs[0] + (rounded(inputs[0]) - inputs[0]).detach()
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.base_layer.register_forward_pre_hook(hook)
 
 
 def loss_sum(model: PeftModel, example: Example) -> torch.Tensor:

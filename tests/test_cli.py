@@ -122,7 +122,6 @@ def test_the_users_lora_settings_stay(parser: FlexibleArgumentParser) -> None:
         (["--tensor-parallel-size", "2", "--fully-sharded-loras"], "--fully-sharded-loras"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
-        (["--quantization", "fp8"], "--quantization"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype"),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
         (["--worker-cls", "my.Worker"], "--worker-cls"),

@@ -1,4 +1,4 @@
-"""``make bench-kernels``: the operations of the backward against torch's, one by one.
+"""``make bench-gpu``: the operations of the backward against torch's, one by one.
 
 On a GPU the Triton kernels, else the C++ ones for CPUs. Both sides of a pair run in turn.
 """

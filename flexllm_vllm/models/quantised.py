@@ -11,7 +11,7 @@ import torch
 
 # Rows of the identity that are multiplied at once.
 ROWS = 512
-# Of a method that rounds its inputs too: how far from proportional a product may be.
+# How far from proportional the products of a method that rounds its inputs may be.
 TOLERANCE = 0.02
 
 
@@ -25,17 +25,16 @@ def is_quantised(module: Any) -> bool:
 
 def dequantised(module: Any) -> torch.Tensor:
     """``[out_features, in_features]``, row-major, in the dtype of the activations."""
-    size = int(module.input_size_per_partition)
-    dtype, device = module.params_dtype, _device(module)
+    size, unit = int(module.input_size_per_partition), _unit(module)
     weight: torch.Tensor | None = None
     for first in range(0, size, ROWS):
         end = min(first + ROWS, size)
-        rows = torch.zeros(end - first, size, dtype=dtype, device=device)
-        rows[:, first:end].fill_diagonal_(1.0)
+        rows = torch.zeros(end - first, size, dtype=module.params_dtype, device=_device(module))
+        rows[:, first:end].fill_diagonal_(unit)
         columns = module.quant_method.apply(module, rows, None)
         if weight is None:
             weight = columns.new_empty(columns.shape[1], size)
-        weight[:, first:end] = columns.t()
+        weight[:, first:end] = columns.t() / unit
     assert weight is not None
     return weight
 
@@ -43,29 +42,40 @@ def dequantised(module: Any) -> torch.Tensor:
 def check_quantised(module: Any, dtype: torch.dtype, where: str) -> None:
     """Whether :func:`dequantised` finds what the forward multiplies by.
 
-    Methods that round their inputs by a scale of each row do so exactly for rows of the identity.
-    Those with one scale for all inputs do not.
+    Methods that round their inputs too do so exactly for rows of the identity where the scale is
+    that of the inputs at hand, or one that is known (:func:`_unit`). With another one the product
+    of a number three times as large is not three times as large.
 
     Raises:
         ValueError: it does not.
     """
     method = getattr(module, "scheme", module.quant_method)
-    size = int(module.input_size_per_partition)
-    rows = torch.zeros(2, size, dtype=dtype, device=_device(module))
-    rows[0, 0], rows[1, 0] = 1.0, 0.375
+    refusal = f"finetuning does not support the quantisation {type(method).__name__} of {where}: "
     try:
-        one, part = module.quant_method.apply(module, rows, None).float()
-    except Exception as error:
-        raise ValueError(
-            f"finetuning does not support the quantisation {type(method).__name__} of {where}: "
-            f"{error}"
-        ) from error
-    # So written that NaN is refused as well.
-    if not (part - 0.375 * one).abs().max() <= TOLERANCE * one.abs().max():
-        raise ValueError(
-            f"finetuning does not support the quantisation {type(method).__name__} of {where}: it "
-            "rounds its inputs by one scale for all of them"
+        one, three = (
+            module.quant_method.apply(module, _first_of_identity(module, dtype, times), None)
+            for times in (1, 3)
         )
+    except Exception as error:
+        raise ValueError(f"{refusal}{error}") from error
+    # So written that NaN is refused as well.
+    if not (three.float() - 3 * one.float()).abs().max() <= TOLERANCE * three.float().abs().max():
+        raise ValueError(f"{refusal}it rounds its inputs by a scale that cannot be told")
+
+
+def _first_of_identity(module: Any, dtype: torch.dtype, times: int) -> torch.Tensor:
+    row = torch.zeros(1, int(module.input_size_per_partition), dtype=dtype, device=_device(module))
+    row[0, 0] = times * _unit(module)
+    return row
+
+
+def _unit(module: Any) -> float:
+    """What is multiplied in place of one: a number that rounding leaves as it is.
+
+    Methods with one scale for all inputs, read from the checkpoint, keep it as ``input_scale``.
+    """
+    scale = getattr(module, "input_scale", None)
+    return 1.0 if scale is None else float(scale.max())
 
 
 def _device(module: Any) -> torch.device:

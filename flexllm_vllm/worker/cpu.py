@@ -17,6 +17,7 @@ from flexllm_vllm.patches import (
     cpu_experts,
     cpu_linear_weights,
     cpu_lora_ops,
+    cpu_quantised_lora,
 )
 from flexllm_vllm.worker.heap import keep_freed_memory
 from flexllm_vllm.worker.kv_layout import check_cpu_layout
@@ -34,6 +35,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_experts.apply()
         cpu_lora_ops.apply()
+        cpu_quantised_lora.apply()
         cpu_compilation.apply_to_layers()
         compile_cache.apply(KEY)
         compile_cache.load_plain_functions()

@@ -65,6 +65,22 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
     return folder
 
 
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Each row rounded to what 8-bit floats can express, by a scale of its own."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 448
+    return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def round_to_fp8(model: Path) -> None:
+    """Gives a model's linears the weights that vLLM's ``fp8_per_channel`` makes of them."""
+    file = model / "model.safetensors"
+    weights = {
+        name: to_fp8(x.bfloat16().float()) if name.endswith("_proj.weight") else x
+        for name, x in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
+
+
 def quantised_model(model: Path, folder: Path, group_size: int = 32) -> Path:
     """A model's linears in 4 bits, as llm-compressor writes them (``pack-quantized``); the model
     itself gets the rounded weights."""

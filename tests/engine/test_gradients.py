@@ -109,6 +109,7 @@ class Engine:
         flags = {
             "scheduler_cls": options.pop("scheduler_cls", "window_scheduler.WindowScheduler"),
             "enforce_eager": not options.pop("compiled", False),
+            "quantization": options.pop("quantization", None),
             **({"worker_cls": options.pop("worker_cls")} if "worker_cls" in options else {}),
         }
         self.llm = LLM(

@@ -1,43 +1,75 @@
-"""LoRA on a base whose weights are quantised."""
+"""LoRA on a base whose weights are quantised, against PEFT on the rounded weights.
 
+In bfloat16, as vLLM has them: see the test of bfloat16 in ``test_gradients.py``. A number that lies
+between two that eight bits can express may become either: so far are we away.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
 import reference
 import torch
-from models import quantised_model, random_adapter, random_examples, random_model
+from models import (
+    quantised_model,
+    random_adapter,
+    random_examples,
+    random_model,
+    round_to_fp8,
+    to_fp8,
+)
 from test_gradients import MODELS, Engine
-
-from flexllm_vllm.jobs.types import LoraSpec
 
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512",
     reason="vLLM's int4 kernel for x86 is in its AVX-512 build alone",
 )
-def test_gradients_are_those_of_the_rounded_weights(tmp_path: Path) -> None:
-    """In bfloat16, the kernel's only dtype: see the test of bfloat16 in ``test_gradients.py``."""
+def test_four_bits(tmp_path: Path) -> None:
     plain = random_model(tmp_path / "plain", **MODELS["qwen2-gqa-tied"])
-    engine = Engine(quantised_model(plain, tmp_path / "quantised"), tmp_path, dtype="bfloat16")
+    check(plain, quantised_model(plain, tmp_path / "quantised"), tmp_path, "bfloat16")
+
+
+def test_fp8_inputs_rounded_too(tmp_path: Path) -> None:
+    plain = random_model(tmp_path / "plain", **MODELS["qwen2-gqa-tied"])
+    round_to_fp8(plain)
+    check(plain, plain, tmp_path, "bfloat16", to_fp8, quantization="fp8_per_channel")
+
+
+def check(
+    plain: Path,
+    model: Path,
+    folder: Path,
+    dtype: str,
+    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """Trains on ``model``, whose weights are those of ``plain``."""
+    engine = Engine(model, folder, dtype=dtype, **options)
     try:
         assert engine.llm.collective_rpc(harness.on_worker_is_quantised) == [True]
-        init = random_adapter(plain, tmp_path / "init")
+        init = random_adapter(plain, folder / "init")
         examples = random_examples([90, 41])
-        engine.train(
-            examples, LoraSpec(r=8, lora_alpha=16), init, batch_size=2, n_epochs=1,
-            max_grad_norm=0.0,
-        )  # fmt: skip
-        (got,) = engine.gradients()
+        got = engine.one_step(examples, init)
     finally:
         engine.close()
-    found = {}
-    for dtype in (torch.float64, torch.bfloat16):
-        model = reference.load_peft(plain, init).to(dtype)
-        reference.accumulate(model, examples)
-        found[dtype] = reference.lora_tensors(model, "grad")
-    expected, usual = found.values()
-    assert got.keys() == expected.keys()
-    for name, exact in expected.items():
-        error = reference.relative_error(got[name].double(), exact)
-        assert error < 2e-2 + 2 * reference.relative_error(usual[name].double(), exact), name
+    exact, usual = (
+        gradients(plain, init, examples, wanted, rounded)
+        for wanted in (torch.float64, getattr(torch, dtype))
+    )
+    assert got.keys() == exact.keys()
+    for name, expected in exact.items():
+        error = reference.relative_error(got[name].double(), expected)
+        assert error < 2e-2 + 2 * reference.relative_error(usual[name].double(), expected), name
+
+
+def gradients(
+    plain: Path, init: Path, examples: Any, dtype: torch.dtype, rounded: Any
+) -> dict[str, torch.Tensor]:
+    model = reference.load_peft(plain, init).to(dtype)
+    if rounded is not None:
+        reference.round_inputs(model, rounded)
+    reference.accumulate(model, examples)
+    return reference.lora_tensors(model, "grad")

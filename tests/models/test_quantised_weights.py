@@ -37,8 +37,16 @@ def test_the_weight_is_what_the_forward_multiplies_by() -> None:
 
 
 @torch.no_grad()
-def test_one_scale_for_all_inputs_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"quantisation Method of layer 0 o_proj.*one scale"):
+def test_one_scale_for_all_inputs_is_that_of_the_layer() -> None:
+    module = layer(Method(scale=0.3))
+    module.input_scale = torch.tensor([0.3])
+    check_quantised(module, torch.float32, "layer 0 o_proj")
+    torch.testing.assert_close(dequantised(module), module.rounded.data)
+
+
+@torch.no_grad()
+def test_one_scale_for_all_inputs_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantisation Method of layer 0 o_proj.*cannot be told"):
         check_quantised(layer(Method(scale=0.3)), torch.float32, "layer 0 o_proj")
 
 

@@ -15,6 +15,7 @@ from flexllm_vllm.patches import (
     cpu_compilation,
     cpu_experts,
     cpu_linear_weights,
+    cpu_quantised_lora,
     endpoint_plugins,
     engine_core,
     require,
@@ -28,6 +29,7 @@ def test_a_missing_attribute_is_named() -> None:
 
 def test_patches_are_applied_once() -> None:
     from vllm.entrypoints.launchers import app
+    from vllm.lora.layers import base_linear
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
     from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.engine.core import EngineCoreProc
@@ -36,6 +38,7 @@ def test_patches_are_applied_once() -> None:
         (cpu_linear_weights, utils, "dispatch_cpu_unquantized_gemm"),
         (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
         (cpu_experts, unquantized_fused_moe_method, "select_unquantized_moe_backend"),
+        (cpu_quantised_lora, base_linear, "_get_lora_device"),
         (endpoint_plugins, app, "attach_endpoint_plugins"),
         (access, app, "init_entrypoints_middleware"),
         (engine_core, EngineCoreProc, "run_busy_loop"),
@@ -53,6 +56,16 @@ def test_bfloat16_with_amx_gets_a_layout_that_can_be_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu_attn._get_attn_isa.__wrapped__(torch.bfloat16, 128, 64) == "amx"
     assert cpu_attn._get_attn_isa(torch.bfloat16, 128, 64) == "vec"
+
+
+def test_a_linear_whose_weight_onednn_holds_is_on_the_cpu() -> None:
+    from vllm.lora.layers import base_linear
+
+    cpu_quantised_lora.apply()
+    eight_bits = torch.nn.Module()
+    eight_bits.weight = None
+    assert base_linear._get_lora_device(eight_bits) == torch.device("cpu")
+    assert base_linear._get_lora_device(torch.nn.Linear(2, 2, device="meta")).type == "meta"
 
 
 @pytest.fixture
