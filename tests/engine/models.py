@@ -1,6 +1,7 @@
 """Models for the engine tests: small random ones, and adapters to start from."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,23 @@ def random_model(folder: Path, *, heads: int, kv_heads: int, head_dim: int, inne
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
     ).save_pretrained(folder)
+    return folder
+
+
+def first_layers(model: Path, folder: Path, count: int) -> Path:
+    """A model cut short: it compiles in a fraction of the time, and its text means nothing."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    weights = {
+        name: x
+        for name, x in load_file(file).items()
+        if (found := layer.match(name)) is None or int(found[1]) < count
+    }
+    save_file(weights, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = count
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

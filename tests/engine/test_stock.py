@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+from models import first_layers
 from prompts import PROMPTS, shouting
 from server import Server, generate, start_job, train_file, wait_for, wait_for_step
 
@@ -14,9 +15,15 @@ TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def short_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fifth of the real model: two graphs of all of it take four minutes to compile."""
+    return first_layers(demo_model, tmp_path_factory.mktemp("short") / "model", 6)
+
+
+@pytest.fixture(scope="module")
+def stock(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("stock")
-    server = Server(demo_model, folder / "log", compiled=True)
+    server = Server(short_model, folder / "log", compiled=True)
     try:
         for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/finetuning/iterations"):
             assert httpx.get(server.url + path).status_code == 404
@@ -26,10 +33,10 @@ def stock(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[An
 
 
 def test_tokens_equal_a_stock_servers_beside_a_running_job(
-    stock: list[Any], demo_model: Path, tmp_path: Path
+    stock: list[Any], short_model: Path, tmp_path: Path
 ) -> None:
     server = Server(
-        demo_model, tmp_path / "log", "--enable-finetuning", "--finetuning-dir",
+        short_model, tmp_path / "log", "--enable-finetuning", "--finetuning-dir",
         str(tmp_path / "finetuning"), compiled=True,
     )  # fmt: skip
     try:
