@@ -12,6 +12,7 @@ from flexllm_vllm.models.base import Capture
 from flexllm_vllm.patches import (
     compile_cache,
     cpu_adapter_graph,
+    cpu_attention_forward,
     cpu_attention_layout,
     cpu_compilation,
     cpu_experts,
@@ -32,6 +33,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
 
     def _patch_vllm(self, config: FinetuningConfig) -> None:
         cpu_attention_layout.apply()
+        cpu_attention_forward.apply()
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
         cpu_experts.apply()
         cpu_lora_ops.apply()
@@ -48,6 +50,12 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
 
     def _check_kv_layout(self) -> None:
         check_cpu_layout(self.model_runner, self._backward)
+
+    def _before_forward(self, *args: Any) -> None:
+        super()._before_forward(*args)
+        windows = self._plan.forward if self._plan is not None else []
+        rows = {window.row_id for window in windows}
+        cpu_attention_forward.use_ours(bool(rows) and rows == set(self._num_scheduled_tokens))
 
     def _prepare_eager(
         self, model: torch.nn.Module, capture: Capture

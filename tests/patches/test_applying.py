@@ -11,6 +11,7 @@ from vllm.model_executor.layers import utils
 from flexllm_vllm.config import KEY, FinetuningConfig
 from flexllm_vllm.patches import (
     access,
+    cpu_attention_forward,
     cpu_attention_layout,
     cpu_compilation,
     cpu_experts,
@@ -36,6 +37,7 @@ def test_patches_are_applied_once() -> None:
 
     for patch, owner, name in (
         (cpu_linear_weights, utils, "dispatch_cpu_unquantized_gemm"),
+        (cpu_attention_forward, cpu_attn.CPUAttentionBackendImpl, "forward"),
         (cpu_attention_layout, cpu_attn, "_get_attn_isa"),
         (cpu_experts, unquantized_fused_moe_method, "select_unquantized_moe_backend"),
         (cpu_quantised_lora, base_linear, "_get_lora_device"),
