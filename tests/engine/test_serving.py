@@ -118,8 +118,11 @@ def test_vllms_metrics_tell_what_a_job_does(
     assert before["vllm:finetuning_jobs_running"] == 0
     assert "vllm:finetuning_job_loss" not in before
     request.getfixturevalue("long_job")
-    during = scrape(server)
-    assert during["vllm:finetuning_jobs_running"] == 1
+    # The event of a step is written by the engine, the metrics follow with its next outputs.
+    deadline = time.monotonic() + 30
+    while (during := scrape(server))["vllm:finetuning_jobs_running"] != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert during["vllm:finetuning_jobs_queued"] == 0
     assert during["vllm:finetuning_job_loss"] > 0
     assert during["vllm:finetuning_activation_cache_pages"] > 0
