@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
