@@ -12,7 +12,8 @@ serve: model  ## the same server, kept running
 	@$(PY) -u -m examples.serve
 
 test: model .venv/openai-0.28  ## the whole suite: unit tests, then tests with the real engine
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not engine" -n auto --maxprocesses 8
+	$(PY) -m pytest -m engine
 
 test-gpu:  ## on a machine with a GPU, in an environment with vLLM for it: make test-gpu PY=python
 	$(PY) -m pytest tests/triton/interpreted tests/engine/test_gradients.py
