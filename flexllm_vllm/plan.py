@@ -124,7 +124,8 @@ class BackwardWindow(NamedTuple):
 
     ``layer == num_layers`` is the loss head, ``num_layers + 1`` the log-probabilities alone. The
     window goes from ``layer`` down to ``lowest``; through more than one layer only decoder layers,
-    and with all rows of the pack.
+    and with all rows of the pack. ``num_costly`` are the rows that have to be computed, where these
+    are not all: the loss head does nothing for those without loss.
     """
 
     pack_id: int
@@ -132,6 +133,7 @@ class BackwardWindow(NamedTuple):
     start: int
     end: int
     lowest: int
+    num_costly: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -139,7 +141,8 @@ class BackwardWindow(NamedTuple):
 
     @property
     def num_token_layers(self) -> int:
-        return (self.end - self.start) * self.num_layers
+        rows = self.end - self.start if self.num_costly is None else self.num_costly
+        return rows * self.num_layers
 
     def each_layer(self) -> Iterator["BackwardWindow"]:
         """The window's layers, each a window, in the order in which they run."""

@@ -11,6 +11,8 @@ from flexllm_vllm.scheduler.training_loop import TrainingLoop
 # Smaller windows than this leave the GEMMs bound by reading the weights: on 2 cores 16 tokens run
 # at a third of the speed of 128 (29 against 80 GFLOP/s).
 MIN_WINDOW = 16
+# The loss head costs as much as many layers: windows of it may be so many times smaller.
+HEAD_FRACTION = 4
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,44 @@ class BackwardWindows:
                 if count := self._whole_layers(pack, limit - used, whole):
                     first = False
                     lowest = pack.layer - count + 1
-                    window = (pack.pack_id, pack.layer, 0, pack.num_rows, lowest)
-                    plan.backward.append(BackwardWindow(*window))
+                    plan.backward.append(
+                        BackwardWindow(pack.pack_id, pack.layer, 0, pack.num_rows, lowest)
+                    )
                     used += count * whole
                     done += count * pack.num_rows
                     pack.layer = lowest
                     self._advance(pack, pack.row)
                     continue
-                row, layers = pack.row, self._layer_costs[pack.layer]
-                cost = per_layer * layers
-                wanted = int((limit - used - budget.window) / cost)
-                if wanted < row and wanted < self._bounds.least and not first:
+                layers = self._layer_costs[pack.layer]
+                wanted = int((limit - used - budget.window) / (per_layer * layers))
+                window = self._cut(pack, wanted, may_wait=not first)
+                if window is None:
                     break
                 first = False
-                size = self._bounds.size(row, max(wanted, self._bounds.least))
-                window = (pack.pack_id, pack.layer, row - size, row, pack.layer)
-                plan.backward.append(BackwardWindow(*window))
-                used += budget.window + size * cost
-                done += size * layers
-                self._advance(pack, size)
+                plan.backward.append(window)
+                used += budget.window + window.num_token_layers * per_layer * layers
+                done += window.num_token_layers * layers
+                self._advance(pack, window.end - window.start)
             if done:
                 loop.serve(done * 2 / (3 * head))
             if pack.phase is PackPhase.BACKWARD:
                 break
         return used
+
+    def _cut(self, pack: Pack, wanted: int, may_wait: bool) -> BackwardWindow | None:
+        """The next window of a pack within one layer, of so many rows that cost something; None if
+        that is too few."""
+        end, layer = pack.row, pack.layer
+        is_head = layer >= self._shape.num_layers
+        remaining = pack.losses[end] if is_head else end
+        least = -(-self._bounds.least // HEAD_FRACTION) if is_head else self._bounds.least
+        if wanted < remaining and wanted < least and may_wait:
+            return None
+        wanted = max(wanted, least)
+        size = self._bounds.size(end, pack.rows_with(wanted, end) if is_head else wanted)
+        start = end - size
+        costly = pack.losses[end] - pack.losses[start] if is_head else None
+        return BackwardWindow(pack.pack_id, layer, start, end, layer, costly)
 
     def _whole_layers(self, pack: Pack, limit: float, cost: float) -> int:
         """Decoder layers of a pack that fit whole into what is left, from its present one on; each

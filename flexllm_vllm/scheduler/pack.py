@@ -1,5 +1,6 @@
 """Finetuning sequences that share their backward windows."""
 
+import bisect
 import enum
 import itertools
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Pack:
         row: backward: rows ``[0, row)`` of that layer are still to be done.
         result: of its loss head or score, None until the worker has reported it.
         num_rows: of all its sequences; the planner asks for it at every window.
+        losses: rows that carry loss, before each row and before the end.
     """
 
     job_id: str
@@ -86,9 +88,16 @@ class Pack:
     row: int = 0
     result: PackResult | None = None
     num_rows: int = field(init=False)
+    losses: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.num_rows = sum(s.num_rows for s in self.sequences)
+        carry = (target >= 0 for s in self.sequences for target in s.targets)
+        self.losses = list(itertools.accumulate(carry, initial=0))
+
+    def rows_with(self, num_losses: int, end: int) -> int:
+        """Rows before row ``end``, as many as there are with so many losses among them."""
+        return end - bisect.bisect_left(self.losses, self.losses[end] - num_losses, 0, end)
 
     def num_blocks(self, block_size: int) -> int:
         """KV blocks that all its sequences need."""
