@@ -1,8 +1,9 @@
 """Attention of a batch that is finetuning windows alone, by the kernel of their backward.
 
-vLLM's CPU attention takes 1.6 times as long for wide windows (AVX2, float32, 9 heads of 64: 8.0 ms
-against 5.1 for 256 queries after 256 keys, 37.5 against 23.6 after 1792). Batches with requests
-keep vLLM's, so that no token of theirs depends on finetuning.
+vLLM's CPU attention takes 1.6 times as long for wide windows on a processor of AVX2 (float32, 9
+heads of 64: 8.0 ms against 5.1 for 256 queries after 256 keys, 37.5 against 23.6 after 1792). With
+AVX-512 vLLM's is the faster one (1.5 against 2.0, 6.8 against 9.9 ms on Zen 4), and stays. Batches
+with requests keep vLLM's, so that no token of theirs depends on finetuning.
 Why a patch: vLLM has one attention back-end for all of a model's batches.
 Fits vLLM 0.32 (``vllm/v1/attention/backends/cpu_attn.py``). Needless once that is as fast.
 """
@@ -68,6 +69,7 @@ def _fits(impl: Any, query: torch.Tensor) -> bool:
         and impl.sinks is None
         and impl.head_size % native.lanes() == 0
         and native.library() is not None
+        and not torch.cpu._is_avx512_supported()
         # The tests run Triton's kernels on CPU tensors, which have another layout of K and V.
         and not use_triton(query)
     )

@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 Sample = tuple[IterationWork, float]
 
 # A slow machine stops here with what it has.
-MAX_SECONDS = 15.0
+MAX_SECONDS = 30.0
 BATCH = 2
 # Tokens of an example, as a share of the largest part: within a list of parts as below a batch runs
 # forward and backward, so that each kind of work is seen in each company.

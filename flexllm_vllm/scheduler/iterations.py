@@ -23,6 +23,7 @@ class Iteration:
         prefill_tokens: inference tokens of prompts.
         finetuning_forward_tokens: finetuning rows of the fused forward.
         finetuning_backward_tokens: token-layers (a token in one decoder layer) run backward.
+        finetuning_loss_tokens: tokens that carry loss whose loss head, or score, has run.
     """
 
     start_time: float
@@ -33,6 +34,7 @@ class Iteration:
     prefill_tokens: int
     finetuning_forward_tokens: int
     finetuning_backward_tokens: int
+    finetuning_loss_tokens: int
 
 
 class IterationLog:

@@ -221,7 +221,8 @@ class LatencyModel:
         if work.has_inference and work.has_finetuning:
             self._margin.learn(ratio / self.pace)
         if work.decode_rows and target_ms is not None:
-            self._margin.was_late(duration_ms > target_ms)
+            ours = work.has_finetuning or work.optimizer_steps > 0
+            self._margin.was_late(duration_ms > target_ms, ours)
         error = abs(duration_ms - predicted) / duration_ms
         weight = 1.0
         if self._num_observed > SETTLED:

@@ -12,9 +12,11 @@ MAX_MARGIN = 1.5
 # Of the iterations with output tokens so many may be late: a little below the hundredth that is
 # promised, for what happens on a token's way to the client.
 LATE_SHARE = 0.008
+# What is late without finetuning, by the prompts of other requests, is taken off that, but so much
+# remains: beyond it, less finetuning is no cure.
+LEAST_LATE_SHARE = 0.25 * LATE_SHARE
 # How far one iteration moves the share of the residuals that may lie beyond the margin, where it
-# begins, and between what it stays: prompts of other requests make iterations late as well, and
-# beyond some point less finetuning is no cure for them.
+# begins, and between what it stays.
 GAIN = 0.002
 BEYOND_AT_START = 0.005
 LEAST_BEYOND, MOST_BEYOND = 0.001, 0.03
@@ -24,10 +26,10 @@ class Margin:
     """A quantile of measured over predicted durations, chosen by how many iterations are late.
 
     Which quantile leaves a given share of all iterations in time is not known beforehand: parts of
-    an iteration are not planned to the last millisecond, and some are late without finetuning. So
-    the share beyond it is moved after every iteration, down where it was late and up where not, by
-    steps that balance at :data:`LATE_SHARE`: adaptive conformal inference (Gibbs and Candes, arXiv
-    2106.00170, equation 2).
+    an iteration are not planned to the last millisecond. So the share beyond it is moved after
+    every iteration, down where finetuning made it late and up where not, by steps that balance at
+    :data:`LATE_SHARE`: adaptive conformal inference (Gibbs and Candes, arXiv 2106.00170, equation
+    2).
 
     Attributes:
         value: the factor, at least 1.
@@ -37,6 +39,7 @@ class Margin:
     def __init__(self) -> None:
         self.value = MARGIN_AT_START
         self.beyond = BEYOND_AT_START
+        self._late_anyway = 0.0  # running share of the iterations that are late without finetuning
         self._ratios: deque[float] = deque(maxlen=RESIDUALS)
         self._sorted: list[float] = []
 
@@ -48,9 +51,12 @@ class Margin:
         insort(self._sorted, ratio)
         self._choose()
 
-    def was_late(self, is_late: bool) -> None:
-        """Whether an iteration with output tokens took longer than its target."""
-        moved = self.beyond + GAIN * (LATE_SHARE - is_late)
+    def was_late(self, is_late: bool, has_finetuning: bool = True) -> None:
+        """Whether an iteration with output tokens took longer than its target, and held finetuning
+        work, which may have been the reason."""
+        self._late_anyway += GAIN * ((is_late and not has_finetuning) - self._late_anyway)
+        may_be_late = max(LATE_SHARE - self._late_anyway, LEAST_LATE_SHARE)
+        moved = self.beyond + GAIN * (may_be_late - (is_late and has_finetuning))
         self.beyond = min(max(moved, LEAST_BEYOND), MOST_BEYOND)
         self._choose()
 

@@ -158,6 +158,9 @@ class IterationRecorder:
                 finetuning_backward_tokens=sum(
                     w.num_token_layers for w in backward if w.layer < self._num_layers
                 ),
+                finetuning_loss_tokens=sum(
+                    w.num_token_layers for w in backward if w.layer >= self._num_layers
+                ),
             )
         )
         self._stats.iteration(

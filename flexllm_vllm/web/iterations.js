@@ -12,7 +12,8 @@ const RATE_SECONDS = 30;
 const IDLE_SECONDS = 5;
 
 const inference = (i) => i.decode_tokens + i.prefill_tokens;
-const finetuning = (i) => i.finetuning_forward_tokens + i.finetuning_backward_tokens;
+const finetuning = (i) =>
+  i.finetuning_forward_tokens + i.finetuning_backward_tokens + i.finetuning_loss_tokens;
 
 export class IterationsPanel {
   constructor() {
@@ -187,6 +188,7 @@ export class IterationsPanel {
       [i.decode_tokens, "decode"],
       [i.prefill_tokens, "prefill"],
       [i.finetuning_forward_tokens, "forward"],
+      [i.finetuning_loss_tokens, "loss"],
       [i.finetuning_backward_tokens, "backward"],
     ];
     parts.push(...held.filter(([n]) => n > 0).map(([n, what]) => `${count(n)} ${what}`));

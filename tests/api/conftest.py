@@ -93,7 +93,7 @@ def _adapter_service(app: FastAPI, store: JobStore, engine: Engine) -> AdapterSe
 
 
 async def _iterations(last: int) -> list[dict[str, Any]]:
-    records = [Iteration(1.5e9, 80.0, None, 75.5, i, 0, 32, 64) for i in range(last)]
+    records = [Iteration(1.5e9, 80.0, None, 75.5, i, 0, 32, 64, 8) for i in range(last)]
     return [{"engine": 0, **asdict(record)} for record in records]
 
 

@@ -103,6 +103,7 @@ def test_a_job_succeeds_beside_inference(server: Server, trained, client) -> Non
     both = [i for i in iterations(server) if i["decode_tokens"] and i["finetuning_forward_tokens"]]
     assert both
     assert any(i["finetuning_backward_tokens"] for i in iterations(server))
+    assert any(i["finetuning_loss_tokens"] for i in iterations(server))
 
 
 def test_vllms_metrics_tell_what_a_job_does(

@@ -9,6 +9,8 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 from flexllm_vllm.patches import cpu_attention_forward
+from flexllm_vllm.plan import ForwardWindow, StepPlan
+from flexllm_vllm.worker.cpu import FinetuningCPUWorker
 
 current_platform.import_kernels()
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 32, 128
@@ -38,10 +40,13 @@ def run(impl: Any, metadata: Any, query: torch.Tensor, cache: torch.Tensor) -> t
     return CPUAttentionBackendImpl.forward(impl, layer, query, query, query, cache, metadata, out)
 
 
-@pytest.mark.parametrize("has_window", [False, True])
+@pytest.mark.parametrize(
+    ("has_window", "has_avx512"), [(False, False), (True, False), (False, True)]
+)
 def test_a_batch_of_windows_alone_equals_vllms(
-    has_window: bool, monkeypatch: pytest.MonkeyPatch
+    has_window: bool, has_avx512: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
     torch.manual_seed(0)
     cpu_attention_forward.apply()
     ours = []
@@ -61,5 +66,25 @@ def test_a_batch_of_windows_alone_equals_vllms(
         got = run(impl, metadata, query, cache)
     finally:
         cpu_attention_forward.use_ours(False)
-    assert len(ours) == (0 if has_window else 3)
+    assert len(ours) == (0 if has_window or has_avx512 else 3)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_ours"), [({"ft-1", "ft-2"}, True), ({"ft-1", "ft-2", "request"}, False)]
+)
+def test_the_worker_asks_for_it_where_a_batch_holds_no_request(
+    rows: set[str], is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(cpu_attention_forward, "use_ours", asked.append)
+    worker = object.__new__(FinetuningCPUWorker)
+    worker._trainer = None
+    worker._num_scheduled_tokens = dict.fromkeys(rows, 8)
+    worker._plan = StepPlan(
+        forward=[ForwardWindow(1, row, start=0, end=8, block_ids=[0]) for row in ("ft-1", "ft-2")]
+    )
+    worker._before_forward()
+    worker._plan = None
+    worker._before_forward()
+    assert asked == [is_ours, False]

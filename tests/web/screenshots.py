@@ -114,6 +114,7 @@ def add_iterations(site: Site) -> None:
             prefill_tokens=prefill,
             finetuning_forward_tokens=forward,
             finetuning_backward_tokens=layers,
+            finetuning_loss_tokens=0,
         )
         begin += duration / 1000
 

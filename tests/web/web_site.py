@@ -68,6 +68,7 @@ class Site:
             "prefill_tokens": 0,
             "finetuning_forward_tokens": 16,
             "finetuning_backward_tokens": 0,
+            "finetuning_loss_tokens": 0,
         }
         self.iterations.add(Iteration(**{"start_time": time.time(), **defaults, **values}))
 
