@@ -83,58 +83,6 @@ def first_layers(model: Path, folder: Path, count: int) -> Path:
     return folder
 
 
-def to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """Each row rounded to what 8-bit floats can express, by a scale of its own."""
-    scale = x.abs().amax(-1, keepdim=True).float() / 448
-    return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
-
-
-def round_to_fp8(model: Path) -> None:
-    """Gives a model's linears the weights that vLLM's ``fp8_per_channel`` makes of them."""
-    file = model / "model.safetensors"
-    weights = {
-        name: to_fp8(x.bfloat16().float()) if name.endswith("_proj.weight") else x
-        for name, x in load_file(file).items()
-    }
-    save_file(weights, file, {"format": "pt"})
-
-
-def quantised_model(model: Path, folder: Path, group_size: int = 32) -> Path:
-    """A model's linears in 4 bits, as llm-compressor writes them (``pack-quantized``); the model
-    itself gets the rounded weights."""
-    shutil.copytree(model, folder)
-    plain = load_file(model / "model.safetensors")
-    packed = {}
-    for name, weight in list(plain.items()):
-        if not name.endswith("_proj.weight"):
-            packed[name] = weight
-            continue
-        groups = weight.view(len(weight), -1, group_size)
-        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
-        numbers = (groups / scale).round().clamp(-8, 7)
-        plain[name] = (numbers * scale).view_as(weight)
-        nibbles = (numbers.view(len(weight), -1, 8) + 8).to(torch.int64)
-        words = (nibbles << (4 * torch.arange(8))).sum(-1)
-        stem = name.removesuffix("weight")
-        packed[stem + "weight_packed"] = words.to(torch.int32)  # of 32 bits, whatever their sign
-        packed[stem + "weight_scale"] = scale.squeeze(-1).bfloat16()
-        packed[stem + "weight_shape"] = torch.tensor(weight.shape)
-    save_file(plain, model / "model.safetensors", {"format": "pt"})
-    save_file(packed, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-               "group_size": group_size, "dynamic": False}  # fmt: skip
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def random_adapter(
     model: Path,
     folder: Path,

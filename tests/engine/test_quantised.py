@@ -12,11 +12,11 @@ import harness
 import pytest
 import reference
 import torch
-from models import (
-    quantised_model,
-    random_adapter,
-    random_examples,
-    random_model,
+from models import random_adapter, random_examples, random_model
+from quantised_models import (
+    awq_model,
+    compressed_tensors_model,
+    gptq_model,
     round_to_fp8,
     to_fp8,
 )
@@ -27,9 +27,10 @@ from test_gradients import MODELS, Engine
     torch.backends.cpu.get_cpu_capability() != "AVX512",
     reason="vLLM's int4 kernel for x86 is in its AVX-512 build alone",
 )
-def test_four_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantise", [compressed_tensors_model, gptq_model, awq_model])
+def test_four_bits(quantise: Callable[[Path, Path], Path], tmp_path: Path) -> None:
     plain = random_model(tmp_path / "plain", **MODELS["qwen2-gqa-tied"])
-    check(plain, quantised_model(plain, tmp_path / "quantised"), tmp_path, "bfloat16")
+    check(plain, quantise(plain, tmp_path / "quantised"), tmp_path, "bfloat16")
 
 
 def test_fp8_inputs_rounded_too(tmp_path: Path) -> None:
