@@ -23,6 +23,8 @@ class Mixed:
         costs_ms: of one unit of each term, at the end.
         knee: rows of a forward beyond which each costs more.
         margin: factor on the predictions, at the end.
+        backward_cost: of a trained token, in tokens through the decoder layers: the loss head
+            comes on top of those.
     """
 
     count: int
@@ -32,6 +34,7 @@ class Mixed:
     costs_ms: dict[str, float]
     knee: float
     margin: float
+    backward_cost: float
 
 
 def read_metrics(text: str) -> dict[str, dict[str, float]]:
@@ -47,8 +50,15 @@ def read_metrics(text: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def mixed_between(before: dict[str, dict[str, float]], after: dict[str, Any]) -> Mixed | None:
-    """The mixed iterations between two scrapes; None if there were none."""
+def mixed_between(
+    before: dict[str, dict[str, float]], after: dict[str, Any], through_layers: float
+) -> Mixed | None:
+    """The mixed iterations between two scrapes; None if there were none.
+
+    Args:
+        before, after: see :func:`read_metrics`.
+        through_layers: tokens that went backward through the decoder layers meanwhile.
+    """
 
     def grown(name: str, term: str = "") -> float:
         return float(after[name][term] - before.get(name, {}).get(term, 0.0))
@@ -65,6 +75,7 @@ def mixed_between(before: dict[str, dict[str, float]], after: dict[str, Any]) ->
         {term: 1e3 * s for term, s in after["latency_model_cost_seconds"].items()},
         after["latency_model_knee_rows"][""],
         after["latency_model_margin"][""],
+        grown("backward_tokens_total") / through_layers if through_layers else 1.0,
     )
 
 
@@ -81,8 +92,9 @@ def ceiling(mixed: dict[str, Any], noise: float, max_tokens: int) -> float:
     whole = mixed["target_ms"] / noise
     limit = whole - sum(parts[term] for term in INFERENCE)
     rows = parts["decode_rows"] / costs["decode_rows"] if costs["decode_rows"] else 1.0
+    backward = mixed["backward_cost"] * costs["backward_tokens"]
     budget = Budget(
-        limit, costs["forward_tokens"], costs["backward_tokens"], max_tokens,
+        limit, costs["forward_tokens"], backward, max_tokens,
         rows=costs["has_finetuning_rows"], window=costs["backward_windows"],
         room=max(0.0, mixed["knee"] - rows), beyond=costs["rows_beyond_knee"],
     )  # fmt: skip

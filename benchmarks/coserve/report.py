@@ -152,10 +152,11 @@ def _time(cells: Cells, loads: list[str]) -> list[str]:
         return []
     lines += [
         "",
-        "The ceiling: what these costs allow if every iteration took its whole target and no time "
-        "were lost. Iterations vary without any finetuning: of stock's gaps the 99th percentile is "
-        "*noise* times the median, so that those that shall end in time 99 times in 100 must be "
-        "planned so much shorter; *with noise* is the ceiling of these.",
+        "The ceiling: what these costs, the loss head's among them, allow if every iteration took "
+        "its whole target and no time were lost. Iterations vary without any finetuning: of "
+        "stock's gaps the 99th percentile is *noise* times the median, so that those that shall "
+        "end in time 99 times in 100 must be planned so much shorter; *with noise* is the ceiling "
+        "of these.",
         "",
         "| load | noise | ceiling, of alone | with noise | reached, of alone | of the ceiling "
         "with noise |",

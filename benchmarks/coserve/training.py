@@ -128,6 +128,7 @@ class JobTraining:
         self._job_id: str | None = None
         self._iterations: dict[float, dict[str, Any]] = {}
         self._before: dict[str, dict[str, float]] = {}
+        self._began = 0.0
 
     def begin(self) -> None:
         if self._file_id is None:
@@ -154,6 +155,7 @@ class JobTraining:
         self._iterations = {}
         self._wait_for("running")
         self._before = self._scrape()
+        self._began = time.time()
 
     def poll(self) -> None:
         found = self._request("GET", "finetuning/iterations", params={"last": 10_000})["data"]
@@ -165,12 +167,15 @@ class JobTraining:
             list(self._iterations.values()), self._num_layers, record.begin, record.end
         )
         seconds = record.end - record.begin
+        _, through_layers = trained_in_iterations(
+            list(self._iterations.values()), self._num_layers, self._began, time.time()
+        )
         return Trained(
             tokens_per_s=(forward / 3 + 2 / 3 * backward) / seconds,
             forward_per_s=forward / seconds,
             backward_per_s=backward / seconds,
             steps_per_s=self._step_tokens(record.begin, record.end) / seconds,
-            mixed=mixed_between(self._before, self._scrape()),
+            mixed=mixed_between(self._before, self._scrape(), through_layers),
         )
 
     def end(self) -> None:
