@@ -36,10 +36,10 @@ def _lines(results: dict[str, Any]) -> list[str]:
     if results["bfloat16"]:
         variants["bfloat16"] = results["bfloat16"]
     lines += _table("setting", variants)
-    at_512 = results["synthetic"].get("512", {}).get("median", {})
     short = ", ".join(
-        f"{name} {speed:.0f}" + (f" ({speed / at_512[name]:.0%} of 512)" if name in at_512 else "")
-        for name, speed in results["short"].items()
+        f"{name} {speeds['60']:.0f} ({speeds['60'] / speeds['512']:.0%} of the {speeds['512']:.0f} "
+        "with 512 tokens, in turn with them)"
+        for name, speeds in results["short"].items()
     )
     lines += ["", f"Examples of 60 tokens, batch 16, tokens/s: {short}.", "", "## Memory", ""]
     lines += _memory(results["memory"])
