@@ -2,14 +2,15 @@
 
 vLLM keeps compiled graphs on disk under a hash of its whole configuration, what plugins put into
 ``additional_config`` among it: another ``--finetuning-dir`` or latency target would compile the
-model anew, which takes minutes on a small machine. No graph depends on it. Why a patch: the hash of
-``additional_config`` is taken of all of it.
+model anew, which takes minutes on a small machine. Hardly any of it changes a graph. Why a patch:
+the hash of ``additional_config`` is taken of all of it.
 Fits vLLM 0.32 (``VllmConfig.compute_hash``). Needless once a plugin can say what its part of
 ``additional_config`` means to the graph.
 """
 
 import copy
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ import torch
 from flexllm_vllm.patches import require
 
 
-def apply(key: str) -> None:
+def apply(key: str, matters: Collection[str] = ()) -> None:
     """Leaves this key of ``additional_config`` out of the hash; once in a process.
 
     Args:
         key: what the plugin keeps there.
+        matters: names below the key that graphs depend on, which stay in the hash.
     """
     from vllm.config import VllmConfig
 
@@ -33,7 +35,10 @@ def apply(key: str) -> None:
     def compute_hash(self: Any) -> str:
         others = self.additional_config
         if isinstance(others, dict) and key in others:
+            kept = {name: value for name, value in others[key].items() if name in matters}
             others = {name: value for name, value in others.items() if name != key}
+            if kept:
+                others[key] = kept
             self = copy.copy(self)
             self.additional_config = others
         return str(compute(self))

@@ -26,6 +26,8 @@ from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
 
 # Rows of the batch that a graph is traced with; it holds for any number.
 GRAPH_ROWS = 32
+# Of :class:`FinetuningConfig`: by them a linear is another operation of the graph.
+GRAPH_OPTIONS = ("base_weights",)
 
 
 class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
@@ -39,7 +41,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_lora_ops.apply()
         cpu_quantised_lora.apply()
         cpu_compilation.apply_to_layers()
-        compile_cache.apply(KEY)
+        compile_cache.apply(KEY, matters=GRAPH_OPTIONS)
         compile_cache.load_plain_functions()
         native.library()  # compiled at the first start on a machine, not during the first job
 

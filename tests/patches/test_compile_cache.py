@@ -7,6 +7,7 @@ from vllm.config import VllmConfig
 
 from flexllm_vllm.config import KEY
 from flexllm_vllm.patches import compile_cache
+from flexllm_vllm.worker.cpu import GRAPH_OPTIONS
 
 
 def config_hash(**additional: object) -> str:
@@ -14,15 +15,23 @@ def config_hash(**additional: object) -> str:
 
 
 def test_finetuning_flags_are_not_part_of_the_hash() -> None:
-    compile_cache.apply(KEY)
+    compile_cache.apply(KEY, GRAPH_OPTIONS)
     plain = config_hash(other=1)
     assert config_hash(other=1, **{KEY: {"dir": "a"}}) == plain
     assert config_hash(other=1, **{KEY: {"dir": "b"}}) == plain
     assert config_hash(other=2, **{KEY: {"dir": "a"}}) != plain
 
 
+def test_what_changes_the_graph_is() -> None:
+    """A graph made for one kind of weights cannot run the other."""
+    compile_cache.apply(KEY, GRAPH_OPTIONS)
+    one, two = ({"dir": "a", "base_weights": copies} for copies in ("one-copy", "two-copies"))
+    assert config_hash(**{KEY: one}) != config_hash(**{KEY: two})
+    assert config_hash(**{KEY: one}) == config_hash(**{KEY: one | {"dir": "b"}})
+
+
 def test_the_configuration_keeps_what_the_hash_leaves_out() -> None:
-    compile_cache.apply(KEY)
+    compile_cache.apply(KEY, GRAPH_OPTIONS)
     config = VllmConfig(additional_config={KEY: {"dir": "a"}})
     config.compute_hash()
     assert config.additional_config == {KEY: {"dir": "a"}}
