@@ -272,8 +272,8 @@ class FineTuneEventList(BaseModel):
 
 class FinetuningIteration(BaseModel):
     """One engine iteration: what it held, and how long it took. ``start_time`` is Unix time in
-    seconds; ``finetuning_backward_tokens`` are token-layers, ``finetuning_loss_tokens`` went through
-    the loss head; ``engine`` counts the engines of ``--data-parallel-size``."""
+    seconds; ``finetuning_backward_tokens`` are token-layers, ``finetuning_loss_tokens`` have run
+    through the loss head; ``engine`` counts the engines of ``--data-parallel-size``."""
 
     engine: int
     start_time: float
