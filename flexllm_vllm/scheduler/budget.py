@@ -13,9 +13,12 @@ AUTO_MULTIPLE = 2.5
 # ... but at least this: 100 tokens a second are fast enough, and where an iteration takes a
 # millisecond or two, its fixed costs alone would leave finetuning nothing.
 MIN_AUTO_MS = 10.0
-# ... and at least what an iteration with so many finetuning tokens takes: where the fixed costs of
-# finetuning are beyond the multiple, a job would wait for the last request, however long.
+# ... and at least what an iteration with so many finetuning tokens takes, and a little more: where
+# the fixed costs of finetuning are beyond the multiple, a job would wait for the last request,
+# however long. By the calibration alone: a target that rises with what is learnt of iterations that
+# fill it would have no end.
 MIN_AUTO_TOKENS = 8
+MIN_AUTO_ROOM = 1.3
 # Without --finetuning-ttft-slo-ms: an iteration without inference may take so many times the target
 # of one with it. A request that arrives during it waits for its end.
 IDLE_MULTIPLE = 4.0
@@ -30,6 +33,12 @@ MIN_IDLE_TOKENS = 16
 # After so many iterations with inference that left nothing to finetuning, one gets MIN_IDLE_TOKENS:
 # were it the model that is wrong, it would never find out. So few do not show in a 99th percentile.
 PATIENCE = 250
+# Of the iterations with inference one in so many holds no finetuning, more at the start: filled to
+# the same target all of them say the same, and what inference takes alone, of which the target is
+# a multiple, can be told from none.
+ALONE_EVERY = 40
+ALONE_EVERY_AT_FIRST = 8
+FIRST = 80
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class LatencyBudget:
     Args:
         max_tokens: finetuning tokens of any iteration.
         tpot_slo_ms: target of an iteration that holds inference; None: :data:`AUTO_MULTIPLE` times
-            what its decode rows take alone, or what :data:`MIN_AUTO_TOKENS` beside them take.
+            what its decode rows take alone, or more (:data:`MIN_AUTO_TOKENS`).
         ttft_slo_ms: bounds iterations that hold none; None: :data:`IDLE_MULTIPLE` times the target
             beside one decode row.
         num_in_flight: iterations that are scheduled at once: a request that arrives waits for all
@@ -125,9 +134,19 @@ class LatencyBudget:
         self._tpot_slo_ms = tpot_slo_ms
         self._ttft_slo_ms = ttft_slo_ms
         self._num_in_flight = num_in_flight
+        self._auto_multiple = AUTO_MULTIPLE
         self._left_out = 0
+        # Iterations with inference and work to do, and those of them since one without finetuning.
+        self._num_shared = self._since_alone = 0
         self._warned = False
         self._since_inference = LINGER
+
+    def calibrate(self, samples: list[tuple[IterationWork, float]]) -> None:
+        """Starts from measured iterations, see :meth:`LatencyModel.calibrate`."""
+        self.model.calibrate(samples)
+        alone = self.model.predict_ms(IterationWork(decode_rows=1.0))
+        least = MIN_AUTO_ROOM * (alone + self._part(MIN_AUTO_TOKENS))
+        self._auto_multiple = max(AUTO_MULTIPLE, least / max(alone, MIN_COST_MS))
 
     def target_ms(self, inference: IterationWork) -> float:
         """Longest that an iteration with this inference may take because of finetuning."""
@@ -142,9 +161,7 @@ class LatencyBudget:
         if self._tpot_slo_ms is not None:
             return self._tpot_slo_ms
         rows = IterationWork(max(1.0, inference.decode_rows), inference.decode_context)
-        alone = self.model.predict_ms(rows)
-        least = self.model.margin * (alone + self._part(MIN_AUTO_TOKENS))
-        return max(MIN_AUTO_MS, AUTO_MULTIPLE * alone, least)
+        return max(MIN_AUTO_MS, self._auto_multiple * self.model.predict_ms(rows))
 
     def budget(
         self, inference: IterationWork, target_ms: float, max_tokens: int | None = None
@@ -170,10 +187,13 @@ class LatencyBudget:
         total = max(0.0, target_ms / kept_free - model.predict_ms(inference))
         if not inference.has_inference or self._left_out >= PATIENCE:
             total = max(total, self._least())
+        elif not inference.prefill_tokens and self._runs_alone():
+            total = 0.0
         # Backward windows may fit where a forward's fixed cost does not, and soon lack packs.
         if total >= self._part(1):
             self._left_out = 0
         else:
+            self._since_alone = 0
             self._left_out += 1
             if self._left_out == PATIENCE:
                 self._warn(inference)
@@ -183,6 +203,13 @@ class LatencyBudget:
             room=max(0.0, model.knee - inference.rows),
             beyond=model.cost_ms("rows_beyond_knee"),
         )  # fmt: skip
+
+    def _runs_alone(self) -> bool:
+        """Whether it is time for an iteration with inference alone."""
+        every = ALONE_EVERY_AT_FIRST if self._num_shared < FIRST else ALONE_EVERY
+        self._num_shared += 1
+        self._since_alone += 1
+        return self._since_alone >= every
 
     def _warn(self, inference: IterationWork) -> None:
         """Says once that requests leave finetuning nothing."""

@@ -145,7 +145,7 @@ class FinetuningMixin(_Base):
         self._calibration = Calibration(engine, self, self._planner, self._max_tokens)
         self._recorder.calibrate = self._calibration.observe
         try:
-            self._budget.model.calibrate(self._calibration.run())
+            self._budget.calibrate(self._calibration.run())
             logger.info(
                 "finetuning calibrated in %.1f s: an iteration with one request takes %.1f ms, "
                 "at most %.0f ms with finetuning, and %.0f ms without requests",

@@ -1,13 +1,17 @@
+import math
 import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_latency_model import machine
+from test_latency_model import machine as machine_ms
 
 from flexllm_vllm.scheduler.budget import (
+    ALONE_EVERY,
+    ALONE_EVERY_AT_FIRST,
     AUTO_MULTIPLE,
+    FIRST,
     IDLE_MULTIPLE,
     LINGER,
     PATIENCE,
@@ -33,7 +37,7 @@ class Machine:
     def iteration(self, inference: IterationWork) -> tuple[IterationWork, float]:
         allowed = self.budget.budget(inference, self.budget.target_ms(inference))
         half = max(0.0, allowed.total - allowed.rows) / 2
-        forward = min(int(half / allowed.forward), allowed.max_tokens)
+        forward = min(int(allowed.forward_tokens(allowed.rows + half)), allowed.max_tokens)
         work = replace(
             inference,
             has_finetuning_rows=float(forward > 0),
@@ -42,7 +46,7 @@ class Machine:
         )
         ms = (
             self.speed
-            * (machine(work) + self.rows_ms * work.has_finetuning_rows)
+            * (machine_ms(work) + self.rows_ms * work.has_finetuning_rows)
             * self.rng.lognormvariate(0, self.noise)
         )
         self.budget.observe(work, ms)
@@ -71,7 +75,7 @@ def test_of_slow_iterations_in_a_row_at_most_the_first_is_late() -> None:
 
 def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:
     budget = LatencyBudget(512)
-    alone = machine(DECODING)
+    alone = machine_ms(DECODING)
     for _ in range(50):
         budget.observe(DECODING, alone)
     assert budget.target_ms(DECODING) == pytest.approx(AUTO_MULTIPLE * alone, rel=0.05)
@@ -86,18 +90,34 @@ def test_the_automatic_target_is_a_multiple_of_inference_alone() -> None:
 def costly_forwards(slo_ms: float | None) -> Machine:
     """Any forward with finetuning rows costs 120 ms where decoding takes 28."""
     simulated = Machine(LatencyBudget(512, tpot_slo_ms=slo_ms), rows_ms=120.0)
-    rng = random.Random(1)
+    rng, samples = random.Random(1), []
     for _ in range(100):
         forward = rng.choice((8, 64))
         work = replace(DECODING, has_finetuning_rows=1.0, forward_tokens=forward)
-        for kind, more in ((work, 120.0), (DECODING, 0.0)):
-            simulated.budget.observe(kind, machine(kind) + more)
+        alone = (DECODING, replace(IDLE, backward_tokens=9.0))
+        samples += [(kind, machine_ms(kind)) for kind in alone]
+        samples.append((work, machine_ms(work) + 120.0))
+    simulated.budget.calibrate(samples)
     return simulated
 
 
 def test_the_automatic_target_leaves_every_iteration_a_forward_however_costly() -> None:
     simulated = costly_forwards(None)
-    assert all(simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(300))
+    forwards = [simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(300)]
+    alone = FIRST / ALONE_EVERY_AT_FIRST + (300 - FIRST) / ALONE_EVERY
+    assert sum(forwards) == pytest.approx(300 - alone, abs=1)
+
+
+def test_what_inference_takes_alone_stays_known_beside_finetuning() -> None:
+    """A machine on which all iterations take as long says nothing of their parts."""
+    machine = Machine(LatencyBudget(512), noise=0.1)
+    for index in range(4000):
+        machine.speed = 1.0 + 0.3 * math.sin(index / 300)
+        machine.iteration(DECODING)
+        alone = machine.speed * machine_ms(DECODING)
+        if index > 200:
+            target = machine.budget.target_ms(DECODING)
+            assert target == pytest.approx(AUTO_MULTIPLE * alone, rel=0.25)
 
 
 def test_a_target_below_the_cost_of_a_forward_still_gets_one_now_and_then() -> None:
