@@ -155,3 +155,18 @@ def test_slow_iterations_are_expected_to_go_on_where_they_usually_do(
             model.observe(work, 1.5 * machine(work))
     assert 0.9 < before < 1.1
     assert least < model.pace < most
+
+
+def test_what_is_late_without_finetuning_does_not_raise_the_margin() -> None:
+    """Of iterations beside prompts of other requests one in 20 is late, whatever is done."""
+    margins = {}
+    for finetuning in (0.0, 30.0):
+        model, rng = LatencyModel(), random.Random(4)
+        for index in range(3000):
+            mixed = IterationWork(decode_rows=2, backward_tokens=30)
+            model.observe(mixed, machine(mixed) * rng.lognormvariate(0, 0.1), 1000.0)
+            if index % 20 == 0:
+                late = IterationWork(decode_rows=2, prefill_tokens=64, backward_tokens=finetuning)
+                model.observe(late, machine(late), 50.0)
+        margins[finetuning] = model.margin
+    assert margins[0.0] < margins[30.0]
