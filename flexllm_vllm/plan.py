@@ -5,11 +5,13 @@ answers with a :class:`StepResult`. Nothing else is shared: the scheduler decide
 computes. All of it is plain data, pickled by vLLM's executor.
 
 Within one iteration the worker works in this order, and the scheduler plans accordingly:
-``end``, ``drop``, ``start``, ``open``, then ``backward``, ``save``, ``optimize``, and last the
-forward windows, as rows of the fused forward. An optimizer step and the first forward windows of
-the next batch may therefore share an iteration, and what is saved is the adapter before that step.
+``end``, ``drop``, ``start``, ``open``, then ``backward``, ``save``, ``optimize``, then the forward
+windows, as rows of the fused forward, and last the ``optional`` windows, as far as there is time.
+An optimizer step and the first forward windows of the next batch may therefore share an iteration,
+and what is saved is the adapter before that step.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -150,6 +152,27 @@ class BackwardWindow(NamedTuple):
             yield self._replace(layer=layer, lowest=layer)
 
 
+class OptionalWindow(NamedTuple):
+    """A backward window of one layer that runs after the forward, whole or its last rows alone, as
+    far as the deadline of the plan allows.
+
+    Attributes:
+        window: all of it.
+        fixed_ms: what it takes, whatever its rows.
+        row_ms: what each of its rows takes that has to be computed; these come last.
+        least: rows; fewer are not worth it.
+    """
+
+    window: BackwardWindow
+    fixed_ms: float
+    row_ms: float
+    least: int
+
+    @property
+    def cost_ms(self) -> float:
+        return self.fixed_ms + self.window.num_token_layers * self.row_ms
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """Clip, step AdamW with this learning rate, and rewrite the adapter's slot."""
@@ -176,7 +199,13 @@ class SaveAdapter:
 
 @dataclass
 class StepPlan:
-    """The finetuning work of one iteration, lists in the order of execution."""
+    """The finetuning work of one iteration, lists in the order of execution.
+
+    Attributes:
+        optional: what the worker runs until the deadline. Nothing else in the plan depends on it,
+            and the scheduler takes for done what the result says, no more.
+        deadline: by ``time.perf_counter()``, which all processes of a machine share.
+    """
 
     end: list[str] = field(default_factory=list)
     drop: list[int] = field(default_factory=list)
@@ -186,10 +215,12 @@ class StepPlan:
     optimize: list[OptimizerStep] = field(default_factory=list)
     save: list[SaveAdapter] = field(default_factory=list)
     forward: list[ForwardWindow] = field(default_factory=list)
+    optional: list[OptionalWindow] = field(default_factory=list)
+    deadline: float = math.inf
 
     def __bool__(self) -> bool:
         return any((self.end, self.drop, self.start, self.open, self.backward, self.optimize,
-                    self.save, self.forward))  # fmt: skip
+                    self.save, self.forward, self.optional))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -244,6 +275,8 @@ class StepResult:
         grad_norms: total norm before clipping, by job id, of each optimizer step.
         saved: folders that are complete.
         failures: jobs in whose work an exception was raised.
+        optional: backward windows that were run of the plan's optional ones.
+        optional_ms: how long they took.
     """
 
     started: dict[str, AdapterLayout] = field(default_factory=dict)
@@ -251,3 +284,5 @@ class StepResult:
     grad_norms: dict[str, float] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     failures: dict[str, JobFailure] = field(default_factory=dict)
+    optional: list[BackwardWindow] = field(default_factory=list)
+    optional_ms: float = 0.0

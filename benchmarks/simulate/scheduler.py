@@ -60,9 +60,11 @@ class _Simulated(FinetuningMixin):
         own_schedule: CPU seconds of the last ``schedule()`` that were ours.
         own_update: the same of ``update_from_output()``.
         target_ms: longest that the last iteration was to take because of finetuning.
+        has_deadlines: its worker ends the backward when it is time, as on a CPU.
     """
 
     target_ms: float | None = None
+    has_deadlines = False
 
     def __init__(self, *args: Any, clock: Callable[[], float], **kwargs: Any) -> None:
         self.feeder = MemoryFeeder()
@@ -84,6 +86,9 @@ class _Simulated(FinetuningMixin):
         outputs = super().update_from_output(*args, **kwargs)
         self.own_update = time.thread_time() - began - self.stock_update
         return outputs
+
+    def _can_end_backward(self) -> bool:
+        return self.has_deadlines
 
     @property
     def planner(self) -> Planner:

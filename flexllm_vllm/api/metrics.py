@@ -54,6 +54,7 @@ GAUGES = {
     "activation_cache_usage_perc": "Activation-cache usage. 1 means 100 percent usage.",
     "latency_model_mape": "Mean absolute error of predicted iteration times. 1 means 100 percent.",
     "latency_model_margin": "Factor on predictions so that few iterations are late.",
+    "deadline_overrun": "Duration of iterations that end at a deadline over what they may take.",
     "latency_model_pace": "Duration of the last iterations over what was predicted.",
     "latency_model_knee_rows": "Rows of a forward beyond which each costs more.",
 }

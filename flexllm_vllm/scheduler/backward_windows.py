@@ -96,7 +96,7 @@ class BackwardWindows:
                     used += count * whole
                     done += count * pack.num_rows
                     pack.layer = lowest
-                    self._advance(pack, pack.row)
+                    self.advance(pack, pack.row)
                     continue
                 layers = self._layer_costs[pack.layer]
                 wanted = int((limit - used - budget.window) / (per_layer * layers))
@@ -107,12 +107,27 @@ class BackwardWindows:
                 plan.backward.append(window)
                 used += budget.window + window.num_token_layers * per_layer * layers
                 done += window.num_token_layers * layers
-                self._advance(pack, window.end - window.start)
+                self.advance(pack, window.end - window.start)
             if done:
-                loop.serve(done * 2 / (3 * head))
+                self.serve(loop, done)
             if pack.phase is PackPhase.BACKWARD:
                 break
         return used
+
+    def serve(self, loop: TrainingLoop, token_layers: float) -> None:
+        """Counts a job's backward; of the loss head as so many layers as it costs."""
+        loop.serve(token_layers * 2 / (3 * self._shape.num_layers))
+
+    def window(self, pack: Pack, layer: int, start: int, end: int) -> BackwardWindow:
+        """Rows of a pack in one layer."""
+        is_head = layer >= self._shape.num_layers
+        costly = pack.losses[end] - pack.losses[start] if is_head else None
+        return BackwardWindow(pack.pack_id, layer, start, end, layer, costly)
+
+    def least(self, layer: int) -> int:
+        """Rows of a window of this layer, at least."""
+        is_head = layer >= self._shape.num_layers
+        return -(-self._bounds.least // HEAD_FRACTION) if is_head else self._bounds.least
 
     def _cut(self, pack: Pack, wanted: int, may_wait: bool) -> BackwardWindow | None:
         """The next window of a pack within one layer, of so many rows that cost something; None if
@@ -120,14 +135,12 @@ class BackwardWindows:
         end, layer = pack.row, pack.layer
         is_head = layer >= self._shape.num_layers
         remaining = pack.losses[end] if is_head else end
-        least = -(-self._bounds.least // HEAD_FRACTION) if is_head else self._bounds.least
+        least = self.least(layer)
         if wanted < remaining and wanted < least and may_wait:
             return None
         wanted = max(wanted, least)
         size = self._bounds.size(end, pack.rows_with(wanted, end) if is_head else wanted)
-        start = end - size
-        costly = pack.losses[end] - pack.losses[start] if is_head else None
-        return BackwardWindow(pack.pack_id, layer, start, end, layer, costly)
+        return self.window(pack, layer, end - size, end)
 
     def _whole_layers(self, pack: Pack, limit: float, cost: float) -> int:
         """Decoder layers of a pack that fit whole into what is left, from its present one on; each
@@ -144,13 +157,14 @@ class BackwardWindows:
         score above it is half of that: the logits, and nothing through them."""
         return self._layer_costs[layer]
 
-    def _advance(self, pack: Pack, num_rows: int) -> None:
+    def advance(self, pack: Pack, num_rows: int) -> None:
+        """So many rows more of its present layer are planned, or done."""
         pack.row -= num_rows
         if pack.row:
             return
         pack.layer -= 1
         pack.row = pack.num_rows
         if pack.layer < pack.layers[1]:
-            # The worker runs backward windows before the forward: blocks and pages are free for the
-            # forward windows of this very iteration.
+            # The worker runs backward windows before the forward (optional ones have run): blocks
+            # and pages are free for the forward windows of this very iteration.
             self._packs.finish(pack)

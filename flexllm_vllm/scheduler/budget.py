@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.scheduler.latency_model import IterationWork, LatencyModel
+from flexllm_vllm.scheduler.margin import LATE_SHARE, Margin
 
 logger = get_logger(__name__)
 
@@ -39,6 +40,11 @@ PATIENCE = 250
 ALONE_EVERY = 40
 ALONE_EVERY_AT_FIRST = 8
 FIRST = 80
+# What the worker ends at a deadline is over a little later: the last window is longer than it was
+# expected to be, and its results have yet to be taken in. By so much at the start, and at most; and
+# so many may be over by more, at the start.
+OVERRUN_AT_START, MAX_OVERRUN = 1.12, 1.2
+BEYOND_OVERRUN = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Budget:
 
     Attributes:
         total: of the iteration.
+        firm: what of it may be spent on what must run to its end, where there is a deadline.
+        deadline_ms: from the iteration's begin, when the worker is to end the backward; None where
+            it runs to the end of what is planned.
         forward: of a token's forward through all layers.
         backward: of a token's backward through all layers.
         max_tokens: bound of the forward tokens, whatever they cost.
@@ -66,6 +75,8 @@ class Budget:
     step: float = 0.0
     room: float = 0.0
     beyond: float = 0.0
+    firm: float = 0.0
+    deadline_ms: float | None = None
 
     def forward_cost(self, num_tokens: float) -> float:
         """Of so many tokens' forward."""
@@ -109,6 +120,23 @@ class Budget:
         return cls(num_tokens, 1.0, 1.0, num_tokens)
 
 
+@dataclass(frozen=True)
+class OptionalWork:
+    """What of an iteration was run until its deadline.
+
+    Attributes:
+        work: backward windows.
+        duration_ms: of them.
+        planned_ms: of the whole iteration.
+        was_cut: there was more to do, so that it took as long as it was allowed to.
+    """
+
+    work: IterationWork
+    duration_ms: float
+    planned_ms: float
+    was_cut: bool
+
+
 class LatencyBudget:
     """Turns latency targets into the budget of each iteration.
 
@@ -120,6 +148,7 @@ class LatencyBudget:
             beside one decode row.
         num_in_flight: iterations that are scheduled at once: a request that arrives waits for all
             of them, so that those without inference share their bound.
+        has_deadlines: the worker can end the backward beside requests when it is time.
     """
 
     def __init__(
@@ -128,8 +157,13 @@ class LatencyBudget:
         tpot_slo_ms: float | None = None,
         ttft_slo_ms: float | None = None,
         num_in_flight: int = 1,
+        has_deadlines: bool = False,
     ) -> None:
-        self.model = LatencyModel()
+        # What may be late is divided between what is predicted and what is cut.
+        late_share = LATE_SHARE / 2 if has_deadlines else LATE_SHARE
+        self.model = LatencyModel(late_share)
+        self._overrun = Margin(OVERRUN_AT_START, MAX_OVERRUN, late_share, BEYOND_OVERRUN)
+        self._has_deadlines = has_deadlines
         self._max_tokens = max_tokens
         self._tpot_slo_ms = tpot_slo_ms
         self._ttft_slo_ms = ttft_slo_ms
@@ -183,25 +217,30 @@ class LatencyBudget:
         window, rows = model.cost_ms("backward_windows"), model.cost_ms("has_finetuning_rows")
         if not inference.has_inference:
             rows += model.cost_ms("has_rows")
-        kept_free = model.margin * model.pace
-        total = max(0.0, target_ms / kept_free - model.predict_ms(inference))
+        deadline_ms = None
+        alone = model.predict_ms(inference)
+        total = firm = max(0.0, target_ms / (model.margin * model.pace) - alone)
+        if self._has_deadlines and inference.has_inference:
+            deadline_ms = target_ms / self._overrun.value
+            total = max(firm, deadline_ms / model.pace - alone)
         if not inference.has_inference or self._left_out >= PATIENCE:
-            total = max(total, self._least())
+            total, firm = max(total, self._least()), max(firm, self._least())
         elif not inference.prefill_tokens and self._runs_alone():
-            total = 0.0
+            total = firm = 0.0
         # Backward windows may fit where a forward's fixed cost does not, and soon lack packs.
-        if total >= self._part(1):
+        if firm >= self._part(1):
             self._left_out = 0
         else:
-            self._since_alone = 0
             self._left_out += 1
             if self._left_out == PATIENCE:
                 self._warn(inference)
+        if total < self._part(1):
+            self._since_alone = 0
         step = model.cost_ms("optimizer_steps")
         return Budget(
             total, forward, backward, left, rows, window, step,
             room=max(0.0, model.knee - inference.rows),
-            beyond=model.cost_ms("rows_beyond_knee"),
+            beyond=model.cost_ms("rows_beyond_knee"), firm=firm, deadline_ms=deadline_ms,
         )  # fmt: skip
 
     def _runs_alone(self) -> bool:
@@ -242,9 +281,33 @@ class LatencyBudget:
         fixed = sum(model.cost_ms(term) for term in terms)
         return fixed + MIN_IDLE_TOKENS * token
 
+    @property
+    def overrun(self) -> float:
+        """How much longer than to its deadline an iteration must be expected to take."""
+        return self._overrun.value
+
     def observe(
-        self, work: IterationWork, duration_ms: float, target_ms: float | None = None
+        self,
+        work: IterationWork,
+        duration_ms: float,
+        target_ms: float | None = None,
+        optional: OptionalWork | None = None,
     ) -> None:
-        """Learns from an iteration; its target is None where there was no finetuning to do."""
+        """Learns from an iteration.
+
+        Args:
+            work: what it held, but for what was optional.
+            duration_ms: how long that took.
+            target_ms: of the whole; None where there was no finetuning to do.
+            optional: what came after it.
+        """
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
         self.model.observe(work, duration_ms, target_ms)
+        if optional is None or not optional.duration_ms:
+            return
+        self.model.observe_part(optional.work, optional.duration_ms)
+        whole = duration_ms + optional.duration_ms
+        if optional.was_cut:
+            self._overrun.learn(whole / optional.planned_ms)
+        if work.decode_rows and target_ms is not None:
+            self._overrun.was_late(whole > target_ms)

@@ -103,6 +103,10 @@ class JobRunner:
                 self._fail(job_id, failure)
         for job_id, layout in result.started.items():
             self._guard(job_id, self._planner.started, job_id, layout)
+        for window in result.optional:
+            owner = self._planner.job_of(window.pack_id)
+            if owner is not None:
+                self._guard(owner, self._planner.ran, window)
         for pack_id, pack_result in result.packs.items():
             owner = self._planner.job_of(pack_id)
             if owner is not None:

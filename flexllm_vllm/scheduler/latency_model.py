@@ -6,7 +6,7 @@ from operator import mul
 
 import numpy as np
 
-from flexllm_vllm.scheduler.margin import Margin
+from flexllm_vllm.scheduler.margin import LATE_SHARE, Margin
 
 # How far a coefficient may drift from one iteration to the next in which its term occurs, relative:
 # a machine that slows down, or another mix of requests, is followed within tens of iterations.
@@ -101,11 +101,14 @@ class LatencyModel:
     operations on a 11 x 11 matrix. A forward's rows have two coefficients, one for those beyond the
     knee alone: the first ones ride on the weights that are read for the others (the roofline).
 
+    Args:
+        late_share: of the iterations with output tokens, so many may be late by what it predicts.
+
     Attributes:
         knee: rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, late_share: float = LATE_SHARE) -> None:
         self.knee = float(KNEES[2])
         self._coefficients = _PRIOR_MS.copy()
         self._values: list[float] = _PRIOR_MS.tolist()
@@ -115,7 +118,7 @@ class LatencyModel:
         self._high = np.full(len(TERMS), np.inf)
         self._floor = 0.1 * _PRIOR_MS
         self._usual_error = 0.2
-        self._margin = Margin()
+        self._margin = Margin(late_share=late_share)
         self._recent = 0.0  # running mean of log(measured / predicted)
         self._recent_squared = self._recent_going_on = 0.0  # means of its square, its next error
         self._num_observed = 0
@@ -230,6 +233,16 @@ class LatencyModel:
             weight = min(1.0, OUTLIER * max(self._usual_error, 0.05) / max(error, 1e-9))
         self._update(terms, duration_ms, weight)
         self._usual_error += 0.02 * (min(error, 2.0) - self._usual_error)
+
+    def observe_part(self, work: IterationWork, duration_ms: float) -> None:
+        """Learns from a part of an iteration that was measured by itself: its backward windows."""
+        if not (math.isfinite(duration_ms) and duration_ms > 0):
+            return
+        terms = np.array(work.terms(self.knee))
+        terms[_INDEX["constant"]] = 0.0
+        error = abs(duration_ms - float(self._coefficients @ terms)) / duration_ms
+        weight = OUTLIER * max(self._usual_error, 0.05) / max(error, 1e-9)
+        self._update(terms, duration_ms, min(1.0, weight))
 
     def _update(self, terms: np.ndarray, duration_ms: float, weight: float) -> None:
         x = terms / duration_ms

@@ -99,6 +99,18 @@ class Pack:
         """Rows before row ``end``, as many as there are with so many losses among them."""
         return end - bisect.bisect_left(self.losses, self.losses[end] - num_losses, 0, end)
 
+    def run_with_loss(self, end: int) -> int:
+        """Where the rows that carry loss up to row ``end``, and those without before them, begin.
+        Where the last row carries none: where its like begin."""
+        start = end
+        for carry in (True, False) if self._carries_loss(end - 1) else (False,):
+            while start and self._carries_loss(start - 1) is carry:
+                start -= 1
+        return start
+
+    def _carries_loss(self, row: int) -> bool:
+        return self.losses[row + 1] > self.losses[row]
+
     def num_blocks(self, block_size: int) -> int:
         """KV blocks that all its sequences need."""
         return sum(s.num_blocks(block_size) for s in self.sequences)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.plan import (
     AdapterLayout,
+    BackwardWindow,
     PackResult,
     StepPlan,
 )
@@ -15,6 +16,7 @@ from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.forward_windows import ForwardWindows, tokens_per_page
 from flexllm_vllm.scheduler.hidden_rows import HiddenRows
 from flexllm_vllm.scheduler.open_packs import OpenPacks
+from flexllm_vllm.scheduler.optional_windows import OptionalWindows
 from flexllm_vllm.scheduler.pack import Pack, Sequence, make_packs
 from flexllm_vllm.scheduler.pages import PagePool
 from flexllm_vllm.scheduler.training_loop import TrainingLoop
@@ -42,7 +44,7 @@ class Planner:
     Attributes:
         bounds: of the windows.
         packs: that hold something.
-        backward, forward: plan their windows.
+        backward, forward, optional: plan their windows.
         failed: jobs whose planning raised, to be taken by :meth:`take_failed`.
     """
 
@@ -54,6 +56,7 @@ class Planner:
         self.bounds = WindowBounds()
         self.backward = BackwardWindows(shape, self.packs, self.bounds)
         self.forward = ForwardWindows(rows, self.packs, self.bounds)
+        self.optional = OptionalWindows(shape, self.backward, self.bounds)
         self.loops: dict[str, TrainingLoop] = {}
         self._ended: list[str] = []
         self.failed: dict[str, Exception] = {}
@@ -138,7 +141,8 @@ class Planner:
         Args:
             budget: what its finetuning work may cost. The backward comes first, the forward gets
                 what it leaves; where it is better to have both in every iteration
-                (:meth:`Budget.mixed_tokens`), something is kept for it.
+                (:meth:`Budget.mixed_tokens`), something is kept for it. With a deadline the
+                forward comes first, and the backward is what the worker finds time for.
         """
         plan = StepPlan(end=self._ended, drop=self.packs.take_dropped())
         self._ended = []
@@ -158,14 +162,21 @@ class Planner:
         for loop in self.loops.values():
             if not loop.started:
                 self._guard(loop, lambda x: plan.start.append(x.start()), loop)
-        left = budget.total
         # Who has had least for its weight comes first, so that tokens are shared fairly.
         loops = sorted((x for x in self.loops.values() if x.ready), key=lambda x: x.service)
         # Before any optimizer step is planned: what is saved are the weights before it.
         for loop in loops:
             if (order := self._guard(loop, TrainingLoop.take_save, loop)) is not None:
                 plan.save.append(order)
-        kept = 0.0
+        if budget.deadline_ms is None:
+            self._fill_to_the_end(loops, budget, plan)
+        elif budget.total > 0:
+            self._fill_to_the_deadline(loops, budget, plan)
+        self._leave_out_failed(plan)
+
+    def _fill_to_the_end(self, loops: list[TrainingLoop], budget: Budget, plan: StepPlan) -> None:
+        """Plans what is run whatever the time."""
+        left, kept = budget.total, 0.0
         if left > 0:
             left -= self._plan_steps(loops, left, budget, plan)
             # Before the forward, as the worker runs it: a pack that ends makes room for the next.
@@ -180,7 +191,25 @@ class Planner:
         if kept and not plan.forward:
             # Nothing was there to run forward.
             self._plan_backward(loops, left, budget, plan)
-        self._leave_out_failed(plan)
+
+    def _fill_to_the_deadline(
+        self, loops: list[TrainingLoop], budget: Budget, plan: StepPlan
+    ) -> None:
+        """Plans steps and forward windows, which must end in time, and offers the backward.
+
+        The forward first, as much as is sure to end: its fixed cost is worth the most tokens, and
+        the time that is kept free beside it goes to the backward of packs before.
+        """
+        firm = budget.firm - self._plan_steps(loops, budget.firm, budget, plan)
+        ready = [self._guard(loop, self.optional.is_ready, loop) for loop in loops]
+        # What any forward costs must be worth it, unless there is nothing else to do.
+        if firm > budget.rows and (firm >= 2 * budget.rows or not any(ready)):
+            tokens = max(1, int(budget.forward_tokens(firm)))
+            self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
+        # All that the iteration could hold: the worker may be faster than expected.
+        left = budget.deadline_ms or 0.0
+        for loop in loops:
+            left -= self._guard(loop, self.optional.offer, loop, left, budget, plan) or 0.0
 
     def _guard(self, loop: TrainingLoop, work: Callable[..., T], *arguments: Any) -> T | None:
         """Runs the planning of one job. An exception in it ends that job and no other."""
@@ -207,6 +236,7 @@ class Planner:
         plan.save = [x for x in plan.save if x.job_id not in self.failed]
         plan.backward = [x for x in plan.backward if x.pack_id not in packs]
         plan.forward = [x for x in plan.forward if x.pack_id not in packs]
+        plan.optional = [x for x in plan.optional if x.window.pack_id not in packs]
 
     def _plan_steps(
         self, loops: list[TrainingLoop], limit: float, budget: Budget, plan: StepPlan
@@ -250,6 +280,12 @@ class Planner:
         """The job that a pack belongs to; None if it was given up."""
         pack = self.packs.get(pack_id)
         return pack.job_id if pack is not None else None
+
+    def ran(self, window: BackwardWindow) -> None:
+        """The worker has run an optional window, or its last rows."""
+        pack = self.packs.get(window.pack_id)
+        if pack is not None and (loop := self.loops.get(pack.job_id)) is not None:
+            self.optional.ran(loop, pack, window)
 
     def report(self, pack_id: int, result: PackResult) -> None:
         """The worker has the loss, or the score, of a pack."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexllm_vllm.plan import StepPlan
-from flexllm_vllm.scheduler.budget import LatencyBudget
+from flexllm_vllm.plan import BackwardWindow, StepPlan, StepResult
+from flexllm_vllm.scheduler.budget import LatencyBudget, OptionalWork
 from flexllm_vllm.scheduler.iterations import Iteration, IterationLog, inference_work
 from flexllm_vllm.scheduler.latency_model import IterationWork
 from flexllm_vllm.scheduler.stats import FinetuningStats, Kind
@@ -24,6 +24,7 @@ class InFlight:
         inference: its part without finetuning; None: to be told from the output.
         target_ms: longest that it is to take because of finetuning; None where there is none to
             run.
+        deadline_ms: when the worker is to end what is optional, from ``began``.
     """
 
     started: float
@@ -31,6 +32,7 @@ class InFlight:
     output: Any = None
     inference: IterationWork | None = None
     target_ms: float | None = None
+    deadline_ms: float | None = None
 
     @property
     def plan(self) -> StepPlan:
@@ -90,8 +92,8 @@ class IterationRecorder:
         """Target of the iteration that was scheduled last, while it is in flight."""
         return self._in_flight[-1].target_ms
 
-    def end(self, output: Any) -> None:
-        """The output of an iteration was processed."""
+    def end(self, output: Any, result: StepResult | None = None) -> None:
+        """The output of an iteration was processed, and what came of its finetuning work."""
         iteration = self._take(output)
         if iteration is None:
             return
@@ -99,16 +101,28 @@ class IterationRecorder:
         duration_ms = 1e3 * (now - max(iteration.began, self._last_end))
         self._last_end = now
         inference = iteration.inference or inference_work(output)
-        work = self._work(inference, iteration.plan)
+        result, plan = result or StepResult(), iteration.plan
+        firm = self._work(inference, plan, plan.backward)
+        work = self._work(inference, plan, [*plan.backward, *result.optional])
         if not (work.has_inference or work.has_finetuning):
             return
         if self.calibrate is not None:
             self.calibrate(work, duration_ms)
             return
-        self._add(iteration, work, inference, duration_ms)
+        self._add(iteration, work, inference, duration_ms, result.optional)
         # An adapter's start and end are no part of what the model describes.
-        if not (iteration.plan.start or iteration.plan.save or iteration.plan.end):
-            self._budget.observe(work, duration_ms, iteration.target_ms)
+        if plan.start or plan.save or plan.end:
+            return
+        optional = None
+        if result.optional and iteration.deadline_ms is not None:
+            optional = OptionalWork(
+                self._work(IterationWork(), StepPlan(), result.optional),
+                result.optional_ms,
+                iteration.deadline_ms,
+                was_cut=result.optional != [x.window for x in plan.optional],
+            )
+        firm_ms = duration_ms - (optional.duration_ms if optional else 0.0)
+        self._budget.observe(firm, firm_ms, iteration.target_ms, optional)
 
     def _take(self, output: Any) -> InFlight | None:
         """The iteration of this output; those before it vLLM has given up."""
@@ -118,22 +132,30 @@ class IterationRecorder:
                 return iteration
         return None
 
-    def _work(self, inference: IterationWork, plan: StepPlan) -> IterationWork:
-        if not plan:
+    def _work(
+        self, inference: IterationWork, plan: StepPlan, windows: list[BackwardWindow]
+    ) -> IterationWork:
+        """Of an iteration's plan, with these backward windows."""
+        if not (plan or windows):
             return inference
         forward = sum(w.end - w.start for w in plan.forward)
-        backward = sum(w.num_token_layers * self._layer_cost(w.layer) for w in plan.backward)
+        backward = sum(w.num_token_layers * self._layer_cost(w.layer) for w in windows)
         return replace(
             inference,
             has_finetuning_rows=float(forward > 0),
             forward_tokens=float(forward),
             backward_tokens=backward / self._num_layers,
-            backward_windows=float(sum(w.num_layers for w in plan.backward)),
+            backward_windows=float(sum(w.num_layers for w in windows)),
             optimizer_steps=float(len(plan.optimize)),
         )
 
     def _add(
-        self, iteration: InFlight, work: IterationWork, inference: IterationWork, duration_ms: float
+        self,
+        iteration: InFlight,
+        work: IterationWork,
+        inference: IterationWork,
+        duration_ms: float,
+        optional: list[BackwardWindow],
     ) -> None:
         """Logs and counts an iteration."""
         model = self._budget.model
@@ -145,7 +167,7 @@ class IterationRecorder:
             if work.has_inference:
                 self._stats.mixed_parts(model.parts_ms(work))
                 kind, share = "mixed", 1 - model.predict_ms(inference) / max(predicted_ms, 1e-3)
-        backward = iteration.plan.backward
+        backward = [*iteration.plan.backward, *optional]
         self.log.add(
             Iteration(
                 start_time=iteration.started,

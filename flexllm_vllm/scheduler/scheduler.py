@@ -76,6 +76,7 @@ class FinetuningMixin(_Base):
             config.tpot_slo_ms,
             config.ttft_slo_ms,
             num_in_flight=2 if isinstance(self, AsyncScheduler) else 1,
+            has_deadlines=self._can_end_backward(),
         )
         observability = self.vllm_config.observability_config
         self._stats = FinetuningStats(
@@ -107,6 +108,16 @@ class FinetuningMixin(_Base):
             config.checkpoint_interval_s,
         )
         self._give_way_to_inference()
+
+    def _can_end_backward(self) -> bool:
+        """Whether the worker can end the backward of an iteration when it is time, and the next
+        plan knows how far it came: one rank, on a processor that the host waits for anyway."""
+        config = self.vllm_config
+        return (
+            config.device_config.device_type == "cpu"
+            and config.parallel_config.world_size == 1
+            and not isinstance(self, AsyncScheduler)
+        )
 
     def attach_engine(self, engine: Any) -> None:
         """Called by the engine core before its loop starts (``patches/engine_core.py``)."""
@@ -222,6 +233,9 @@ class FinetuningMixin(_Base):
                 )
             plan = self._planner.plan(budget)
             self._jobs.take_failed()
+            if plan.optional and budget.deadline_ms is not None:
+                iteration.deadline_ms = budget.deadline_ms
+                plan.deadline = iteration.began + budget.deadline_ms / 1e3
             return self._rows.attach(output, plan) if plan else output
         except Exception as error:
             logger.exception("planning finetuning work failed")
@@ -243,7 +257,7 @@ class FinetuningMixin(_Base):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._is_recording:
             try:
-                self._recorder.end(scheduler_output)
+                self._recorder.end(scheduler_output, result)
             except Exception:
                 # Finetuning goes on with what the latency model has learnt so far.
                 logger.exception("iterations are recorded no more")
@@ -280,6 +294,7 @@ class FinetuningMixin(_Base):
             free_pages=pages.num_free,
             mape=model.mape,
             margin=model.margin,
+            overrun=self._budget.overrun,
             pace=model.pace,
             knee=model.knee,
             costs_ms=model.coefficients,

@@ -136,6 +136,7 @@ class FinetuningStats:
         free_pages: int,
         mape: float,
         margin: float,
+        overrun: float,
         pace: float,
         knee: float,
         costs_ms: Mapping[str, float],
@@ -150,6 +151,7 @@ class FinetuningStats:
             dropped_packs: since the engine began.
             pages, free_pages: of the activation cache; 0 while no job has needed it.
             mape, margin, pace, knee: of the latency model.
+            overrun: of iterations that end at a deadline.
             costs_ms: its coefficients, by term.
         """
         # Here and not where jobs end: they end in many ways, and only a scrape shows them.
@@ -160,6 +162,7 @@ class FinetuningStats:
             "activation_cache_usage_perc": (pages - free_pages) / pages if pages else 0.0,
             "latency_model_mape": mape,
             "latency_model_margin": margin,
+            "deadline_overrun": overrun,
             "latency_model_pace": pace,
             "latency_model_knee_rows": knee,
         }

@@ -1,5 +1,6 @@
 """PEFT folders on disk: what ``peft.PeftModel.from_pretrained`` and vLLM load."""
 
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,13 @@ from safetensors.torch import save_file
 
 from flexllm_vllm.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE, sync, write_state
 from flexllm_vllm.worker.adapter import PEFT_PREFIX, AdapterSnapshot
+
+
+def prepare() -> None:
+    """Imports what saving needs, which takes a second: by the first checkpoint, with requests
+    beside it, their iterations took three times as long meanwhile. Only a process that saves needs
+    it."""
+    importlib.import_module("peft")
 
 
 def save_adapter(
@@ -26,8 +34,7 @@ def save_adapter(
     Raises:
         OSError: no space is left, or the like; nothing stays of it.
     """
-    # peft takes a second to import, and only a process that saves needs it.
-    from peft import LoraConfig
+    from peft import LoraConfig  # see prepare()
 
     snapshot.copied.wait()
     spec = snapshot.spec

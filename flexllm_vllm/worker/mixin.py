@@ -15,6 +15,7 @@ from flexllm_vllm.models import build_backward
 from flexllm_vllm.models.base import ActivationPolicy, Capture, TrainedLinears
 from flexllm_vllm.patches import eager_batches
 from flexllm_vllm.plan import SaveAdapter, StepPlan, StepResult
+from flexllm_vllm.worker import adapter_files
 from flexllm_vllm.worker.activation_cache import PAGE_TOKENS, ActivationCache
 from flexllm_vllm.worker.activation_codec import ActivationCodec, ActivationDtype, build_codec
 from flexllm_vllm.worker.lora_slots import TrainingSlots
@@ -64,6 +65,7 @@ class FinetuningWorkerMixin(_Base):
         self._finetuning = config
         self._trainer: Trainer | None = None
         self._plan: StepPlan | None = None
+        self._optional: StepPlan | None = None  # of the iteration whose tokens are to be sampled
         self._side: SideStream | None = None
         self._patch_vllm(config)
         super().__init__(with_hidden_rows(vllm_config, config), *args, **kwargs)
@@ -165,6 +167,7 @@ class FinetuningWorkerMixin(_Base):
     def _start_trainer(self) -> None:
         runner, model = self.model_runner, self._backward
         self._check_kv_layout()
+        adapter_files.prepare()
         cache = ActivationCache(*self._cache_shape(), self.device)
         self._announce(cache)
         self._side = self._build_side_stream()
@@ -216,6 +219,7 @@ class FinetuningWorkerMixin(_Base):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "finetuning", None)
+        self._optional = None
         if self._side is not None:
             self._side.wait_for_last()
         if self._trainer is None or (plan is None and not self._trainer.saver.is_busy):
@@ -233,6 +237,7 @@ class FinetuningWorkerMixin(_Base):
         finally:
             self._trainer.end_forward()
             self._plan = None
+        self._optional = plan if plan.optional else None
         if isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
             return self._with_result(output)
         return output
@@ -258,7 +263,11 @@ class FinetuningWorkerMixin(_Base):
         return self._with_result(super().sample_tokens(grammar_output))
 
     def _with_result(self, output: Any) -> Any:
+        """The output of an iteration, whose forward is over, with what came of its finetuning."""
         if self._trainer is None:
             return output
+        if self._optional is not None:
+            self._trainer.run_optional(self._optional)
+            self._optional = None
         result = self._trainer.take_result()
         return with_result(output, result) if result else output

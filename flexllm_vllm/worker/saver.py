@@ -1,6 +1,8 @@
 """Adapters are written to disk by a thread, so that no request waits for a disk."""
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from pathlib import Path
 from flexllm_vllm.plan import SaveAdapter
 from flexllm_vllm.worker.adapter import AdapterSnapshot, TrainableAdapter
 from flexllm_vllm.worker.adapter_files import save_adapter
+
+LEAST_PRIORITY = 19
 
 
 @dataclass
@@ -28,6 +32,16 @@ class SaveResult:
 
     order: SaveAdapter
     error: Exception | None
+
+
+def _give_way() -> None:
+    """Leaves the processor to iterations: this thread runs where they do not.
+
+    A checkpoint takes it for half a second, and on a CPU whose cores are all the worker's every
+    iteration waits for its slowest core.
+    """
+    if hasattr(os, "setpriority") and sys.platform == "linux":  # of a thread, not of the process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
 
 
 class AdapterSaver:
@@ -93,6 +107,7 @@ class AdapterSaver:
             return self._changed.wait_for(lambda: not self._open, seconds)
 
     def _run(self) -> None:
+        _give_way()
         while True:
             save = self._orders.get()
             error: Exception | None = None

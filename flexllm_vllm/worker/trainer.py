@@ -23,6 +23,7 @@ from flexllm_vllm.plan import (
 )
 from flexllm_vllm.worker.activation_cache import ActivationCache, KeptRows, TokenLayout
 from flexllm_vllm.worker.adapter import TrainableAdapter
+from flexllm_vllm.worker.deadline import OptionalRunner
 from flexllm_vllm.worker.lora_slots import TrainingSlots
 from flexllm_vllm.worker.packs import PackState
 from flexllm_vllm.worker.preference import preference_loss
@@ -68,6 +69,7 @@ class Trainer:
         self.packs: dict[int, PackState] = {}
         self._result = StepResult()
         self._readings = Readings()
+        self._optional = OptionalRunner()
         # What was planned of a job before its failure was known is still to come.
         self._failed: set[str] = set()
         self._captures: list[_Capture] = []
@@ -86,7 +88,7 @@ class Trainer:
         return self._readings.collect(result)
 
     def run(self, plan: StepPlan) -> None:
-        """Everything of the plan but its forward windows."""
+        """Everything of the plan but its forward and its optional windows."""
         for job_id in plan.end:
             self._failed.discard(job_id)
             self._guard(job_id, self._end, job_id)
@@ -107,6 +109,19 @@ class Trainer:
             self._guard(save.job_id, self._save, save)
         for step in plan.optimize:
             self._guard(step.job_id, self._optimize, step)
+
+    def run_optional(self, plan: StepPlan) -> None:
+        """What of the plan's optional windows there is time for; the forward is over."""
+        done, duration_ms = self._optional.run(plan.optional, plan.deadline, self._run_if_possible)
+        self._result.optional, self._result.optional_ms = done, duration_ms
+
+    def _run_if_possible(self, window: BackwardWindow) -> bool:
+        """Runs a window; False if its job has failed."""
+        state = self.packs.get(window.pack_id)
+        if state is None:
+            return False
+        self._guard(state.spec.job_id, self._backward, window)
+        return state.spec.job_id not in self._failed
 
     def _guard(self, job_id: str, work: Callable[[Any], None], part: Any) -> None:
         if job_id in self._failed:

@@ -57,6 +57,7 @@ def engine_stats(running: tuple[str, ...] = ("ftjob-a",)) -> dict[str, Any]:
             free_pages=6,
             mape=0.1,
             margin=1.3,
+            overrun=1.02,
             pace=1.1,
             knee=32.0,
             costs_ms={"forward_tokens": 2.0},
@@ -143,6 +144,7 @@ def test_all_figures_are_exposed_beside_vllms(
         "activation_cache_usage_perc": 0.25,
         "latency_model_mape": 0.1,
         "latency_model_margin": 1.3,
+        "deadline_overrun": 1.02,
         "latency_model_pace": 1.1,
         "latency_model_knee_rows": 32,
     }.items():

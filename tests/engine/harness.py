@@ -125,6 +125,27 @@ def on_worker_save_gradients(worker: Any, path: str) -> None:
         torch.save(worker.recorded_gradients, path)
 
 
+def on_worker_count_optional(worker: Any) -> None:
+    """Counts the backward windows that are run until a deadline, from now on."""
+    trainer = worker._trainer
+    run, worker.optional_windows = trainer.run_optional, []
+
+    def run_optional(plan: Any) -> None:
+        run(plan)
+        offered = {(x.window.pack_id, x.window.layer, x.window.start) for x in plan.optional}
+        for window in trainer._result.optional:
+            is_cut = (window.pack_id, window.layer, window.start) not in offered
+            worker.optional_windows.append(is_cut)
+
+    trainer.run_optional = run_optional
+
+
+def on_worker_optional_windows(worker: Any) -> list[bool]:
+    """Of each whether it was cut."""
+    found: list[bool] = worker.optional_windows
+    return found
+
+
 def on_worker_break_backward(worker: Any) -> None:
     """Makes the backward of layer 1 raise, once."""
     model = worker._trainer.model

@@ -12,9 +12,10 @@ import reference
 import torch
 from models import ALL_TARGETS, random_adapter, random_examples, random_model
 from safetensors.torch import load_file
-from test_gradients import MODELS, Engine, assert_equal
+from test_gradients import MODELS, Engine, assert_equal, reference_gradients
 from toy_tokenizer import CHATML, toy_tokenizer
 from trl_reference import TrlBatch, dpo_batch
+from vllm import SamplingParams
 
 from flexllm_vllm import checkpoints
 from flexllm_vllm.data import ExampleTokenizer, tokenize_preferences
@@ -308,6 +309,39 @@ def test_a_job_has_the_losses_it_has_alone_beside_others(engine: Engine) -> None
     assert len(alone) == 20
     assert beside == pytest.approx(alone, rel=1e-5)
     assert beside[-1] < beside[0] - 0.1
+
+
+def test_gradients_and_tokens_are_the_same_where_the_backward_ends_at_a_deadline(
+    engine: Engine,
+) -> None:
+    """Beside requests the worker runs the backward as far as there is time, in every iteration."""
+    init = random_adapter(engine.model, engine.folder / "deadline")
+    examples = random_examples([150, 9, 170, 70, 33, 200], seed=5)
+    expected = reference_gradients(engine, init, examples)
+    prompts = [{"prompt_token_ids": [5 + i, 7, 9, 11 + i]} for i in range(4)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=450, ignore_eos=True)
+
+    def generate() -> list[list[int]]:
+        found = engine.llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in found]
+
+    alone = generate()
+    engine.gradients()
+    engine.llm.collective_rpc(harness.on_worker_count_optional)
+    job = submit(engine, examples, init, batch_size=6, max_steps=1000, learning_rate=0.0)
+    wait_for_step(engine, job, 1)
+    steps = engine.store.get_job(job.id).step
+    beside = [generate(), generate()]
+    steps = engine.store.get_job(job.id).step - steps
+    engine.store.request_cancel(job.id)
+    harness.wait(engine.store, job.id)
+    assert beside == [alone, alone]
+    (cut,) = engine.llm.collective_rpc(harness.on_worker_optional_windows)
+    assert steps >= 1, "it did not train meanwhile"
+    assert len(cut) > 20
+    assert any(cut)
+    for got in engine.gradients():
+        assert_equal(got, expected, 1e-4)
 
 
 def test_checkpoints_of_each_epoch_and_of_save_steps(engine: Engine) -> None:

@@ -1,6 +1,7 @@
 """A worker without a model that remembers what lies in its memory, and checks every plan."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from flexllm_vllm.plan import (
     StepPlan,
     StepResult,
 )
+from flexllm_vllm.worker.deadline import OptionalRunner
 
 
 class CheckedWorker(FakeWorker):
@@ -26,11 +28,13 @@ class CheckedWorker(FakeWorker):
         num_layers, loss_head_layers, layout: as of :class:`FakeWorker`.
         num_blocks: KV blocks, the null block included.
         block_size: tokens of a KV block.
+        clock: by which optional windows are ended.
 
     Attributes:
         examples: of each job, how often the gradient of each example (by its first target) was
             added.
         checkpoints: of each job, the steps whose weights were saved.
+        num_cut: plans of which it had no time for all that was optional.
     """
 
     def __init__(
@@ -40,10 +44,13 @@ class CheckedWorker(FakeWorker):
         layout: AdapterLayout,
         num_blocks: int,
         block_size: int,
+        clock: Callable[[], float],
     ) -> None:
         super().__init__(num_layers, loss_head_layers, layout)
         self.examples: dict[str, Counter[int]] = {}
         self.checkpoints: dict[str, list[int]] = {}
+        self.num_cut = 0
+        self._optional = OptionalRunner(clock)
         self._block_size = block_size
         self._kv: list[list[Any]] = [[None] * block_size for _ in range(num_blocks)]
         self._activations: dict[tuple[int, int], Any] = {}
@@ -78,7 +85,18 @@ class CheckedWorker(FakeWorker):
         for req_id, tokens in zip(answer.req_ids, answer.sampled_token_ids, strict=True):
             if req_id not in rows:
                 self._extend_prefix(req_id, tokens)
+        self._run_optional(plan, answer.finetuning, contents)
         return answer, contents
+
+    def _run_optional(self, plan: StepPlan, result: StepResult, contents: Contents) -> None:
+        def run(window: BackwardWindow) -> bool:
+            self._backward(window, contents, result)
+            return True
+
+        windows = [optional.window for optional in plan.optional]
+        done, took_ms = self._optional.run(plan.optional, plan.deadline, run)
+        result.optional, result.optional_ms = done, took_ms
+        self.num_cut += done != windows
 
     @property
     def is_empty(self) -> bool:

@@ -1,7 +1,8 @@
 """Our scheduler and stock vLLM's, with the same requests and the same sampled tokens."""
 
+import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -26,24 +27,35 @@ from flexllm_vllm.scheduler.latency_model import IterationWork
 from flexllm_vllm.scheduler.training_loop import EPOCHS_SAVED
 
 
+class DeadlineScheduler(SimulatedScheduler):
+    """Its worker ends the backward beside requests when it is time."""
+
+    has_deadlines = True
+
+
 @dataclass
 class Pair:
     """Our scheduler and, without ``alone``, stock vLLM's in lock-step.
 
     ``ahead``: iterations that are scheduled, and run, before the results of one are taken in.
+    ``deadlines``: whether the worker ends the backward beside requests when it is time.
     """
 
     case: Case
     alone: bool = False
     ahead: int = 0
+    deadlines: bool = False
     now: float = 0.0
     iterations: int = 0
+    spent: float = 0.0
     stock: Scheduler | None = None
     in_flight: deque[tuple[Any, Any, Any, Any]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         case = self.case
         ours = AsyncSimulatedScheduler if self.ahead else SimulatedScheduler
+        if self.deadlines:
+            ours = DeadlineScheduler
         self.ours = make_scheduler(ours, case.spec, clock=lambda: self.now)
         self.ours._rows.max_rows = case.max_rows
         if case.budgets:
@@ -52,13 +64,24 @@ class Pair:
             self.stock = make_scheduler(AsyncScheduler if self.ahead else Scheduler, case.spec)
         shape = self.ours.planner.shape
         self.worker = CheckedWorker(
-            LAYERS, shape.loss_head_layers, case.layout, case.blocks + 1, case.block_size
+            LAYERS,
+            shape.loss_head_layers,
+            case.layout,
+            case.blocks + 1,
+            case.block_size,
+            self._later,
         )
+        self.random = random.Random(0)
         self.machine = Machine(noise=0.1, stalls=0.02)
         self.hasher = None
         if case.prefix_caching:
             init_none_hash(sha256)
             self.hasher = get_request_block_hasher(case.block_size, sha256)
+
+    def _later(self) -> float:
+        """Seconds, each time some more, though the iteration's duration is not known yet."""
+        self.spent += self.random.expovariate(1 / 0.004)
+        return self.now + self.spent
 
     def _some_budget(self, inference: IterationWork, target_ms: float, left: int) -> Budget:
         """In place of the latency model's; beside requests it may be nothing."""
@@ -66,7 +89,10 @@ class Pair:
         if not inference.has_inference:
             tokens = max(tokens, 16.0)
         most = min(int(tokens), self.case.finetuning_tokens, left)
-        return Budget(tokens, 1.0, 2.0, most, rows=2.0, window=0.5)
+        budget = Budget(tokens, 1.0, 2.0, most, rows=2.0, window=0.5)
+        if not (self.deadlines and inference.has_inference):
+            return budget
+        return replace(budget, firm=self.random.random() * tokens, deadline_ms=2.0 * tokens)
 
     @property
     def schedulers(self) -> list[Scheduler]:
@@ -107,6 +133,7 @@ class Pair:
         plan: StepPlan = getattr(output, "finetuning", None) or StepPlan()
         rows = {window.row_id for window in plan.forward}
         self._check_budgets(output, plan, rows)
+        self.spent = 0.0
         answer, contents = self.worker.run(output)
         self.now += self.machine.seconds(contents, self.now)[0]
         expected = None

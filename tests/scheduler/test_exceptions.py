@@ -15,9 +15,9 @@ from flexllm_vllm.scheduler.training_loop import TrainingLoop
 OF_A_JOB = [
     "loop.start", "loop.open_batch", "loop.close_batch", "loop.step_done", "loop.take_save",
     "loop.saved", "loop.pack_reported", "loop.serve", "loop.hold", "backward.fill",
-    "forward.fill", "forward._admit", "backward._advance", "planner.started",
+    "forward.fill", "forward._admit", "backward.advance", "planner.started",
     "planner.report", "bounds.size", "packs.admit", "packs.finish", "rows.fits", "rows.open",
-    "rows.extend",
+    "rows.extend", "optional.is_ready", "optional.offer", "optional.ran",
 ]  # fmt: skip
 OF_ALL = [
     "planner.plan", "planner._plan_steps", "planner._leave_out_failed", "planner.take_failed",
@@ -56,6 +56,7 @@ def raise_at(pair: Pair, place: str, call: int) -> Callable[[], bool]:
             "planner": ours.planner,
             "backward": ours.planner.backward,
             "forward": ours.planner.forward,
+            "optional": ours.planner.optional,
             "bounds": ours.planner.bounds,
             "packs": ours.planner.packs,
             "rows": ours._rows,
@@ -72,9 +73,9 @@ def test_inference_equals_stock_whatever_raises(place: str) -> None:
         max_examples=6, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck), database=None,
     )  # fmt: skip
-    @given(case=cases(), call=st.integers(1, 40))
-    def check(case: Case, call: int) -> None:
-        pair = Pair(case)
+    @given(case=cases(), call=st.integers(1, 40), deadlines=st.booleans())
+    def check(case: Case, call: int, deadlines: bool) -> None:
+        pair = Pair(case, deadlines=deadlines or place.startswith("optional."))
         raised = raise_at(pair, place, call)
         pair.run_whatever_raises()
         errors = pair.ours.feeder.journal.errors.values()

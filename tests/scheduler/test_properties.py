@@ -31,6 +31,12 @@ def test_the_same_where_iterations_are_scheduled_ahead_of_results(case: Case) ->
 
 
 @PROPERTY
+@given(cases())
+def test_the_same_where_the_backward_ends_at_a_deadline(case: Case) -> None:
+    Pair(case, deadlines=True).run()
+
+
+@PROPERTY
 @given(cases(prefix_caching=True))
 def test_no_row_reads_what_another_wrote_beside_the_prefix_cache(case: Case) -> None:
     Pair(case, alone=True).run()

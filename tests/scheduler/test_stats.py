@@ -21,6 +21,7 @@ def snapshot(stats: FinetuningStats, **changes: Any) -> dict[str, Any]:
         "free_pages": 0,
         "mape": 0.2,
         "margin": 1.5,
+        "overrun": 1.04,
         "pace": 1.1,
         "knee": 16.0,
         "costs_ms": dict.fromkeys(TERMS, 0.5),
@@ -111,6 +112,7 @@ def test_the_state_at_the_time_of_the_snapshot() -> None:
     assert gauges["activation_cache_usage_perc"] == 0.25
     assert gauges["latency_model_mape"] == 0.07
     assert gauges["latency_model_margin"] == 1.2
+    assert gauges["deadline_overrun"] == 1.04
     assert gauges["latency_model_pace"] == 1.1
     assert gauges["latency_model_knee_rows"] == 16.0
     assert snapshot(stats)["gauges"]["activation_cache_usage_perc"] == 0.0

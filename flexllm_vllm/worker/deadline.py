@@ -1,0 +1,106 @@
+"""Runs backward windows until it is time to end the iteration."""
+
+import time
+from collections.abc import Callable
+
+from flexllm_vllm.plan import BackwardWindow, OptionalWindow
+
+# Of what is left a window may be expected to take so much; the next one takes the rest, by what is
+# left then. A cut costs the fixed part of a window once more.
+FIRST_SHARE = 0.7
+# A window of the loss head reads as many weights as those of many layers: it is cut once, and the
+# iteration ends.
+HEAD_SHARE = 0.85
+# How far one window moves the pace, between what it stays, and from what cost on it counts in full.
+PACE_GAIN = 0.1
+LEAST_PACE, MOST_PACE = 0.9, 2.0
+TELLING_MS = 20.0
+
+
+class OptionalRunner:
+    """Cuts windows to the time that is left.
+
+    Args:
+        clock: seconds, that of the plans' deadlines.
+
+    Attributes:
+        pace: how much longer than the scheduler expected windows take at the moment, those of the
+            loss head (True) and others.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.pace = {False: 1.0, True: 1.0}
+
+    def run(
+        self,
+        windows: list[OptionalWindow],
+        deadline: float,
+        run: Callable[[BackwardWindow], bool],
+    ) -> tuple[list[BackwardWindow], float]:
+        """Runs windows, the last one perhaps in part, its last rows.
+
+        Args:
+            windows: in the order in which they run.
+            deadline: by the clock.
+            run: runs one; False if it was not run.
+
+        Returns:
+            Those that were run, and the milliseconds that they took.
+        """
+        began = now = self._clock()
+        done: list[BackwardWindow] = []
+        for optional in windows:
+            left: OptionalWindow | None = optional
+            while left is not None:
+                part = self._part(left, 1e3 * (deadline - now))
+                if part is None or not run(part.window):
+                    return done, 1e3 * (now - began)
+                done.append(part.window)
+                before, now = now, self._clock()
+                self._learn(part, 1e3 * (now - before))
+                left = _rest(left, part)
+                if left is not None and _is_head(part):
+                    return done, 1e3 * (now - began)
+        return done, 1e3 * (now - began)
+
+    def _part(self, optional: OptionalWindow, left_ms: float) -> OptionalWindow | None:
+        """What of a window is run in so much time; None where that is too little."""
+        window, left_ms = optional.window, left_ms / self.pace[_is_head(optional)]
+        share = HEAD_SHARE if _is_head(optional) else FIRST_SHARE
+        if optional.cost_ms <= share * left_ms:
+            return optional
+        least_ms = optional.fixed_ms + optional.least * optional.row_ms
+        if _is_head(optional) or left_ms * (1.0 - share) >= least_ms:
+            left_ms *= share
+        elif optional.cost_ms <= left_ms:
+            return optional
+        rows = int((left_ms - optional.fixed_ms) / max(optional.row_ms, 1e-9))
+        if rows < optional.least:
+            return None
+        if rows >= window.num_token_layers:
+            return optional
+        costly = None if window.num_costly is None else rows
+        return optional._replace(window=window._replace(start=window.end - rows, num_costly=costly))
+
+    def _learn(self, part: OptionalWindow, took_ms: float) -> None:
+        kind, gain = _is_head(part), PACE_GAIN * min(1.0, part.cost_ms / TELLING_MS)
+        ratio = min(max(took_ms / max(part.cost_ms, 1e-3), LEAST_PACE), MOST_PACE)
+        # Rows without loss cost nothing, and say nothing.
+        if part.window.num_token_layers:
+            self.pace[kind] += gain * (ratio - self.pace[kind])
+
+
+def _is_head(optional: OptionalWindow) -> bool:
+    return optional.window.num_costly is not None
+
+
+def _rest(optional: OptionalWindow, part: OptionalWindow) -> OptionalWindow | None:
+    """What is left of a window after its last rows."""
+    window = optional.window
+    if part.window.start == window.start:
+        return None
+    costly = window.num_costly
+    if costly is not None and part.window.num_costly is not None:
+        costly -= part.window.num_costly
+    return optional._replace(window=window._replace(end=part.window.start, num_costly=costly))
