@@ -91,7 +91,7 @@ def test_what_ends_at_a_deadline_fills_the_target_however_noisy_the_machine() ->
     measured = [deadline_iteration(machine) for _ in range(3000)][300:]
     alone = len(measured) / ALONE_EVERY
     assert sum(ms > 120.0 for ms in measured) <= 0.012 * len(measured)
-    assert sum(ms > 0.9 * 120.0 for ms in measured) > len(measured) - 1.2 * alone
+    assert sum(ms > 0.87 * 120.0 for ms in measured) > len(measured) - 1.2 * alone
     assert machine.budget.overrun < 1.1 < machine.budget.model.margin
     found = machine.budget.model.predict_ms(DECODING)
     assert found == pytest.approx(machine_ms(DECODING), rel=0.15)
