@@ -156,18 +156,19 @@ def _time(cells: Cells, loads: list[str]) -> list[str]:
         "its whole target and no time were lost. Iterations vary without any finetuning: of "
         "stock's gaps the 99th percentile is *noise* times the median, so that those that shall "
         "end in time 99 times in 100 must be planned so much shorter; *with noise* is the ceiling "
-        "of these.",
+        "of these. It bounds what runs to its end whatever the time, the forward; the backward is "
+        "ended at the iteration's deadline and needs no such room, so that more can be reached.",
         "",
-        "| load | noise | ceiling, of alone | with noise | reached, of alone | of the ceiling "
-        "with noise |",
-        "| --- " * 6 + "|",
+        "| load | noise | ceiling, of alone | with noise | reached, of alone | of the ceiling | "
+        "of that with noise |",
+        "| --- " * 7 + "|",
     ]
     for load in loads:
         if found := ceilings(cells, load):
             part = "-" if found.share is None else f"{found.share:.1%}"
             lines.append(
                 f"| {load} | {found.noise:.2f} | {found.free:.1%} | {found.with_noise:.1%} | "
-                f"{found.reached:.1%} | {part} |"
+                f"{found.reached:.1%} | {found.reached / found.free:.1%} | {part} |"
             )
     return lines
 
