@@ -166,9 +166,10 @@ def _time(cells: Cells, loads: list[str]) -> list[str]:
     for load in loads:
         if found := ceilings(cells, load):
             part = "-" if found.share is None else f"{found.share:.1%}"
+            whole = f"{found.reached / found.free:.1%}" if found.free else "-"
             lines.append(
                 f"| {load} | {found.noise:.2f} | {found.free:.1%} | {found.with_noise:.1%} | "
-                f"{found.reached:.1%} | {found.reached / found.free:.1%} | {part} |"
+                f"{found.reached:.1%} | {whole} | {part} |"
             )
     return lines
 
