@@ -16,11 +16,10 @@ AUTO_MULTIPLE = 2.5
 MIN_AUTO_MS = 10.0
 # ... and at least what an iteration with so many finetuning tokens takes, and a little more: where
 # the fixed costs of finetuning are beyond the multiple, a job would wait for the last request,
-# however long. By the calibration alone, or once by the first so many iterations with finetuning: a
-# target that rises with what is learnt of iterations that fill it would have no end.
+# however long. By the calibration alone: a target that rises with what is learnt of iterations that
+# fill it would have no end.
 MIN_AUTO_TOKENS = 8
 MIN_AUTO_ROOM = 1.3
-UNCALIBRATED = 100
 # Without --finetuning-ttft-slo-ms: an iteration without inference may take so many times the target
 # of one with it. A request that arrives during it waits for its end.
 IDLE_MULTIPLE = 4.0
@@ -173,7 +172,6 @@ class LatencyBudget:
         self._ttft_slo_ms = ttft_slo_ms
         self._num_in_flight = num_in_flight
         self._auto_multiple = AUTO_MULTIPLE
-        self._uncalibrated = UNCALIBRATED  # iterations until it is chosen without a calibration
         self._left_out = 0
         # Iterations with inference and work to do, and those of them since one without finetuning.
         self._num_shared = self._since_alone = 0
@@ -183,11 +181,6 @@ class LatencyBudget:
     def calibrate(self, samples: list[tuple[IterationWork, float]]) -> None:
         """Starts from measured iterations, see :meth:`LatencyModel.calibrate`."""
         self.model.calibrate(samples)
-        self._choose_multiple()
-
-    def _choose_multiple(self) -> None:
-        """Of what inference takes alone, for the automatic target."""
-        self._uncalibrated = 0
         alone = self.model.predict_ms(IterationWork(decode_rows=1.0))
         least = MIN_AUTO_ROOM * (alone + self._part(MIN_AUTO_TOKENS))
         self._auto_multiple = max(AUTO_MULTIPLE, least / max(alone, MIN_COST_MS))
@@ -313,10 +306,6 @@ class LatencyBudget:
         """
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
         self.model.observe(work, duration_ms, target_ms)
-        if self._uncalibrated and work.has_finetuning_rows:
-            self._uncalibrated -= 1
-            if not self._uncalibrated:
-                self._choose_multiple()
         if optional is None or not optional.duration_ms:
             return
         self.model.observe_part(optional.work, optional.duration_ms)

@@ -15,7 +15,6 @@ from flexllm_vllm.scheduler.budget import (
     IDLE_MULTIPLE,
     LINGER,
     PATIENCE,
-    UNCALIBRATED,
     Budget,
     LatencyBudget,
     OptionalWork,
@@ -149,19 +148,6 @@ def test_the_automatic_target_leaves_every_iteration_a_forward_however_costly() 
     forwards = [simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(300)]
     alone = FIRST / ALONE_EVERY_AT_FIRST + (300 - FIRST) / ALONE_EVERY
     assert sum(forwards) == pytest.approx(300 - alone, abs=1)
-
-
-def test_without_a_calibration_the_first_forwards_say_how_costly_they_are() -> None:
-    """Engines that step together (data parallel, experts) have none."""
-    simulated = Machine(LatencyBudget(512), rows_ms=120.0)
-    for _ in range(UNCALIBRATED + 50):
-        simulated.iteration(IDLE)
-        simulated.iteration(DECODING)
-    target = simulated.budget.target_ms(DECODING)
-    assert target > machine_ms(DECODING) + 120.0
-    forwards = [simulated.iteration(DECODING)[0].forward_tokens > 0 for _ in range(500)]
-    assert sum(forwards) > 400
-    assert simulated.budget.target_ms(DECODING) == pytest.approx(target, rel=0.3)
 
 
 def test_what_inference_takes_alone_stays_known_beside_finetuning() -> None:
