@@ -39,8 +39,9 @@ class FaultScheduler(FinetuningScheduler):
         super().__init__(*args, **kwargs)
         planner, store = self._planner, self._feeder._store
         planner.add = self._breaking(planner.add)
-        planner.backward.fill = raising(
-            planner.backward.fill, lambda loop, *_: self._strikes(loop, "scheduling")
+        # Beside requests the backward is offered until a deadline.
+        planner.optional.offer = raising(
+            planner.optional.offer, lambda loop, *_: self._strikes(loop, "scheduling")
         )
         store.record_step = raising(
             store.record_step, lambda job_id, *_: self._strikes_id(job_id, "store")
