@@ -97,6 +97,23 @@ def test_what_ends_at_a_deadline_fills_the_target_however_noisy_the_machine() ->
     assert found == pytest.approx(machine_ms(DECODING), rel=0.15)
 
 
+def test_the_backward_is_learnt_where_all_iterations_end_at_the_deadline() -> None:
+    budget = LatencyBudget(512, has_deadlines=True)
+    work = replace(IDLE, backward_tokens=10.0)
+    for _ in range(400):
+        optional = OptionalWork(work, 80.0, planned_ms=110.0, was_cut=True)
+        budget.observe(DECODING, machine_ms(DECODING), 120.0, optional)
+    assert budget.model.cost_ms("backward_tokens") == pytest.approx(8.0, rel=0.1)
+    assert budget.model.predict_ms(DECODING) == pytest.approx(machine_ms(DECODING), rel=0.05)
+
+
+def test_the_deadline_leaves_room_for_a_tokens_way_to_the_client() -> None:
+    budget = LatencyBudget(512, has_deadlines=True)
+    deadline_ms = budget.budget(DECODING, 100.0).deadline_ms
+    assert deadline_ms is not None
+    assert deadline_ms * budget.overrun <= 97.0 + 1e-6
+
+
 def test_without_requests_nothing_is_ended_before_it_is_done() -> None:
     budget = LatencyBudget(512, has_deadlines=True)
     assert budget.budget(IDLE, 100.0).deadline_ms is None
