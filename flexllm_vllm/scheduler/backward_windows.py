@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flexllm_vllm.plan import BackwardWindow, StepPlan
+from flexllm_vllm.plan import BackwardWindow, StepPlan, aligned
 from flexllm_vllm.scheduler.budget import Budget
 from flexllm_vllm.scheduler.open_packs import OpenPacks
 from flexllm_vllm.scheduler.pack import Pack, PackPhase
@@ -140,7 +140,10 @@ class BackwardWindows:
             return None
         wanted = max(wanted, least)
         size = self._bounds.size(end, pack.rows_with(wanted, end) if is_head else wanted)
-        return self.window(pack, layer, end - size, end)
+        start = end - size
+        if not is_head and aligned(start, least) < end:
+            start = aligned(start, least)
+        return self.window(pack, layer, start, end)
 
     def _whole_layers(self, pack: Pack, limit: float, cost: float) -> int:
         """Decoder layers of a pack that fit whole into what is left, from its present one on; each

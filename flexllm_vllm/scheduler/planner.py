@@ -28,6 +28,9 @@ T = TypeVar("T")
 # Rows of a pack of several sequences, at least: on CPU GEMMs hardly gain beyond (on 2 cores 311,
 # 341 and 342 GFLOP/s with 256, 512 and 2048 rows), and a pack that must be given up has lost less.
 PACK_ROWS = 512
+# ... and beside requests, where the iteration's end cuts windows anyway: the first pack of a batch
+# has a forward with no backward beside it, and the shorter that is, the better.
+PACK_ROWS_BESIDE_REQUESTS = 256
 
 
 class Planner:
@@ -59,6 +62,7 @@ class Planner:
         self.optional = OptionalWindows(shape, self.backward, self.bounds)
         self.loops: dict[str, TrainingLoop] = {}
         self._ended: list[str] = []
+        self._has_deadline = False
         self.failed: dict[str, Exception] = {}
 
     # -- jobs --------------------------------------------------------------------------------
@@ -73,10 +77,11 @@ class Planner:
         """Packs of at most half the caches, so that two can be open, of one job or of two."""
         assert loop.layout is not None
         per_page = tokens_per_page(loop, kind)
+        rows = PACK_ROWS_BESIDE_REQUESTS if self._has_deadline else self._pack_rows
         packs = make_packs(
             loop.job.id,
             items,
-            max_rows=min(self._pack_rows, self.packs.pages.num_pages // 2 * per_page),
+            max_rows=min(rows, self.packs.pages.num_pages // 2 * per_page),
             max_blocks=max(1, self._rows.num_blocks // 2),
             block_size=self._rows.block_size,
         )
@@ -144,6 +149,7 @@ class Planner:
                 (:meth:`Budget.mixed_tokens`), something is kept for it. With a deadline the
                 forward comes first, and the backward is what the worker finds time for.
         """
+        self._has_deadline = budget.deadline_ms is not None
         plan = StepPlan(end=self._ended, drop=self.packs.take_dropped())
         self._ended = []
         try:

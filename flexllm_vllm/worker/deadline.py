@@ -1,20 +1,26 @@
 """Runs backward windows until it is time to end the iteration."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
-from flexllm_vllm.plan import BackwardWindow, OptionalWindow
+from flexllm_vllm.plan import BackwardWindow, OptionalWindow, aligned
 
 # Of what is left a window may be expected to take so much; the next one takes the rest, by what is
 # left then. A cut costs the fixed part of a window once more.
 FIRST_SHARE = 0.7
 # A window of the loss head reads as many weights as those of many layers: it is cut once, and the
 # iteration ends.
-HEAD_SHARE = 0.85
+HEAD_SHARE = 0.95
 # How far one window moves the pace, between what it stays, and from what cost on it counts in full.
 PACE_GAIN = 0.1
 LEAST_PACE, MOST_PACE = 0.9, 2.0
 TELLING_MS = 20.0
+# A window of as many rows as none before has code generated for its GEMMs first (oneDNN, 5 ms for a
+# layer's): one that is smaller by up to so many steps is preferred if there was one like it. The
+# library keeps the code of about so many sizes.
+KNOWN_STEPS = 3
+KNOWN_SIZES = 64
 
 
 class OptionalRunner:
@@ -31,6 +37,8 @@ class OptionalRunner:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.pace = {False: 1.0, True: 1.0}
+        # Rows of the last windows of layers, the oldest first.
+        self._sizes: OrderedDict[int, None] = OrderedDict()
 
     def run(
         self,
@@ -57,6 +65,7 @@ class OptionalRunner:
                 if part is None or not run(part.window):
                     return done, 1e3 * (now - began)
                 done.append(part.window)
+                self._remember(part)
                 before, now = now, self._clock()
                 self._learn(part, 1e3 * (now - before))
                 left = _rest(left, part)
@@ -80,8 +89,32 @@ class OptionalRunner:
             return None
         if rows >= window.num_token_layers:
             return optional
-        costly = None if window.num_costly is None else rows
+        rows = self._cut(optional, rows)
+        if not rows:
+            return None
+        costly = rows if _is_head(optional) else None
         return optional._replace(window=window._replace(start=window.end - rows, num_costly=costly))
+
+    def _cut(self, optional: OptionalWindow, rows: int) -> int:
+        """So many rows, or a few less where such a window has run before; 0 if none are left."""
+        window, step = optional.window, optional.least
+        if _is_head(optional):
+            return rows - rows % step
+        rows = max(0, window.end - aligned(window.end - rows, step))
+        # Multiples of the step occur all the time. Others do where a pack ends.
+        if rows % step:
+            for fewer in range(rows, max(rows - KNOWN_STEPS * step, 0), -step):
+                if fewer in self._sizes:
+                    return fewer
+        return rows
+
+    def _remember(self, part: OptionalWindow) -> None:
+        if not _is_head(part):
+            rows = part.window.num_token_layers
+            self._sizes[rows] = None
+            self._sizes.move_to_end(rows)
+            if len(self._sizes) > KNOWN_SIZES:
+                self._sizes.popitem(last=False)
 
     def _learn(self, part: OptionalWindow, took_ms: float) -> None:
         kind, gain = _is_head(part), PACE_GAIN * min(1.0, part.cost_ms / TELLING_MS)

@@ -338,3 +338,26 @@ def test_layers_that_fit_whole_are_one_window(tmp_path: Path) -> None:
     counts = {w.num_layers for plan in plans for w in plan.backward}
     assert 1 in counts
     assert counts & set(range(2, LAYERS))
+
+
+def test_windows_begin_at_multiples_of_the_smallest(tmp_path: Path) -> None:
+    planner = Planner(ModelShape(LAYERS, 2.0), Rows())
+    make_loop(planner, "a", [110], tmp_path, batch_size=1, n_epochs=1)
+    planner.plan(Budget.of_tokens(200))
+    windows = []
+    for _ in range(40):
+        windows += planner.plan(Budget.of_tokens(10)).backward
+    cut = [w for w in windows if w.layer < LAYERS and w.start]
+    assert cut
+    assert all(w.start % planner.bounds.least == 0 for w in cut)
+
+
+def test_packs_are_smaller_beside_requests(tmp_path: Path) -> None:
+    sizes = {}
+    for deadline_ms in (None, 100.0):
+        planner = Planner(ModelShape(LAYERS, 2.0), Rows())
+        layout = replace(LAYOUT, num_pages=1024)
+        make_loop(planner, "a", [120] * 4, tmp_path, n_epochs=1, layout=layout)
+        budget = replace(Budget.of_tokens(1000), firm=1000.0, deadline_ms=deadline_ms)
+        sizes[deadline_ms] = [pack.num_rows for pack in planner.plan(budget).open]
+    assert sizes == {None: [4 * 119], 100.0: [2 * 119] * 2}

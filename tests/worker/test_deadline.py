@@ -91,10 +91,38 @@ def test_of_the_loss_head_the_rows_are_cut_that_cost_something_and_once() -> Non
     machine = Machine(row=1.0)
     runner = make(machine)
     done, took_ms = runner.run([window, *offer()], machine.now + 0.025, machine.run)
-    assert [(w.start, w.num_costly) for w in done] == [(382, 18)]
-    assert took_ms == pytest.approx(3.0 + 18.0)
+    assert [(w.start, w.num_costly) for w in done] == [(380, 20)]
+    assert took_ms == pytest.approx(3.0 + 20.0)
     done, _ = runner.run([window], machine.now + 0.2, machine.run)
     assert done == [window.window]
+
+
+@pytest.mark.parametrize("left_ms", [12.0, 23.0, 31.0, 47.0])
+def test_windows_are_cut_at_multiples_of_the_least(left_ms: float) -> None:
+    machine = Machine()
+    rows = 509
+    window = OptionalWindow(BackwardWindow(1, 3, 0, rows, 3), 3.0, 0.1, 16)
+    done, _ = make(machine).run([window], machine.now + left_ms / 1e3, machine.run)
+    assert done
+    assert all(w.start % 16 == 0 for w in done)
+
+
+def test_where_a_pack_ends_rows_are_preferred_that_have_run_before() -> None:
+    machine = Machine()
+    runner = make(machine)
+
+    def first_of(rows: int, left_ms: float) -> int:
+        window = OptionalWindow(BackwardWindow(1, 3, 0, rows, 3), 3.0, 0.1, 16)
+        done, _ = runner.run([window], machine.now + left_ms / 1e3, machine.run)
+        return done[0].end - done[0].start
+
+    # 253 is 13 + 15 * 16, and so are all that are cut off a pack of as many rows.
+    assert first_of(413, 41.0) == 253
+    assert first_of(413, 44.0) == 253  # in place of 269
+    assert first_of(413, 56.0) == 349  # 253 is too few
+    # Multiples of 16 occur anyway.
+    assert first_of(416, 41.0) == 256
+    assert first_of(416, 44.0) == 272
 
 
 def test_what_was_not_run_is_not_reported() -> None:
