@@ -1,4 +1,4 @@
-"""How a decoder layer of each model family runs backward: one file per family."""
+"""How the decoder layers of the supported model families run backward."""
 
 from flexllm_vllm.models.base import ModelBackward, RowSegment
 from flexllm_vllm.models.registry import SUPPORTED_ARCHITECTURES, build_backward
