@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from flexllm_vllm.architectures import check_architecture
 from flexllm_vllm.config import FinetuningConfig
 from flexllm_vllm.cpu_defaults import apply_cpu_defaults
 from flexllm_vllm.engine_args import apply_to_engine_args, check_combination
@@ -14,7 +15,8 @@ from flexllm_vllm.release import check_vllm_release
 
 
 def install() -> None:
-    """Wraps vLLM's parser set-up and the step from flags to engine arguments; once.
+    """Wraps vLLM's parser set-up and the steps from flags to engine arguments and from those to
+    its configuration; once.
 
     General plugins are loaded inside ``AsyncEngineArgs.add_cli_args``, so the flags hang on
     ``EngineArgs.add_cli_args``, which it calls next.
@@ -27,6 +29,7 @@ def install() -> None:
     cpu_compilation.apply_to_platform(lambda c: FinetuningConfig.from_vllm_config(c) is not None)
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
     def add_cli_args_with_finetuning(parser: Any) -> Any:
@@ -61,5 +64,14 @@ def install() -> None:
             apply_cpu_defaults(num_engines * engine_args.tensor_parallel_size)
         return engine_args
 
+    @functools.wraps(create_engine_config)
+    def create_engine_config_with_finetuning(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        # Before any process is started for the model, which takes half a minute to load.
+        if FinetuningConfig.from_vllm_config(vllm_config) is not None:
+            check_architecture(vllm_config.model_config.architectures)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config_with_finetuning
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_finetuning)
     EngineArgs.from_cli_args = classmethod(from_cli_args_with_finetuning)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
         "log",
     },
     "flexllm_vllm/commandline": {"commandline", "__version__"},
-    "flexllm_vllm/models": {"models", "kernels"},
+    "flexllm_vllm/models": {"models", "kernels", "architectures"},
     "flexllm_vllm/worker": {
         "worker",
         "models",
