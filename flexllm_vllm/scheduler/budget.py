@@ -201,7 +201,11 @@ class LatencyBudget:
         return max(MIN_AUTO_MS, self._auto_multiple * self.model.predict_ms(rows))
 
     def budget(
-        self, inference: IterationWork, target_ms: float, max_tokens: int | None = None
+        self,
+        inference: IterationWork,
+        target_ms: float,
+        max_tokens: int | None = None,
+        has_queue: bool = False,
     ) -> Budget:
         """For an iteration that holds this inference and nothing else so far.
 
@@ -209,6 +213,8 @@ class LatencyBudget:
             inference: of the iteration.
             target_ms: of it.
             max_tokens: that vLLM's scheduler leaves; None: as many as are allowed.
+            has_queue: requests wait for a place in the batch: they get one the sooner, the less
+                those before them are slowed down, so that nothing is left to finetuning.
         """
         model = self.model
         left = int(max(0, self._max_tokens - inference.prefill_tokens - inference.decode_rows))
@@ -226,6 +232,8 @@ class LatencyBudget:
         if self._has_deadlines and inference.has_inference:
             deadline_ms = FILLED * target_ms / self._overrun.value
             total = max(firm, deadline_ms / model.pace - alone)
+        if has_queue:
+            total = firm = 0.0
         if not inference.has_inference or self._left_out >= PATIENCE:
             total, firm = max(total, self._least()), max(firm, self._least())
         elif not inference.prefill_tokens and self._runs_alone():
@@ -236,7 +244,7 @@ class LatencyBudget:
         else:
             self._left_out += 1
             if self._left_out == PATIENCE:
-                self._warn(inference)
+                self._warn(inference, has_queue)
         if total < self._part(1):
             self._since_alone = 0
         step = model.cost_ms("optimizer_steps")
@@ -253,10 +261,18 @@ class LatencyBudget:
         self._since_alone += 1
         return self._since_alone >= every
 
-    def _warn(self, inference: IterationWork) -> None:
+    def _warn(self, inference: IterationWork, has_queue: bool) -> None:
         """Says once that requests leave finetuning nothing."""
-        if not self._warned:
-            self._warned = True
+        if self._warned:
+            return
+        self._warned = True
+        if has_queue:
+            logger.warning(
+                "finetuning waits: in the last %d iterations requests waited for a place in the "
+                "batch (--max-num-seqs), for KV blocks, or for other requests' prompts",
+                PATIENCE,
+            )
+        else:
             logger.warning(
                 "finetuning waits: the last %d iterations left no time for it. One like the last "
                 "takes %.0f ms without it, %.0f with its least part, and is to take at most %.0f "

@@ -226,7 +226,7 @@ class FinetuningMixin(_Base):
             target_ms = iteration.target_ms = self._budget.target_ms(inference)
             calibration = self._calibration
             if calibration is None:
-                budget = self._budget.budget(inference, target_ms, left)
+                budget = self._budget.budget(inference, target_ms, left, bool(self.waiting))
             else:
                 budget = replace(
                     calibration.budget, max_tokens=min(left, calibration.budget.max_tokens)

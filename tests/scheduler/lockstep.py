@@ -83,8 +83,11 @@ class Pair:
         self.spent += self.random.expovariate(1 / 0.004)
         return self.now + self.spent
 
-    def _some_budget(self, inference: IterationWork, target_ms: float, left: int) -> Budget:
+    def _some_budget(
+        self, inference: IterationWork, target_ms: float, left: int, has_queue: bool
+    ) -> Budget:
         """In place of the latency model's; beside requests it may be nothing."""
+        assert has_queue == bool(self.ours.get_request_counts()[1])
         tokens = self.case.budgets[self.iterations % len(self.case.budgets)]
         if not inference.has_inference:
             tokens = max(tokens, 16.0)

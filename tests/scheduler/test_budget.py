@@ -185,6 +185,20 @@ def test_a_target_below_the_cost_of_a_forward_still_gets_one_now_and_then() -> N
     assert 2 <= sum(forwards) <= 4
 
 
+def test_while_requests_wait_for_a_place_there_is_nothing_but_now_and_then() -> None:
+    for has_deadlines in (False, True):
+        budget = LatencyBudget(512, tpot_slo_ms=120.0, has_deadlines=has_deadlines)
+
+        def totals(count: int, has_queue: bool, budget: LatencyBudget = budget) -> list[float]:
+            target_ms = budget.target_ms(DECODING)
+            return [budget.budget(DECODING, target_ms, None, has_queue).total for _ in range(count)]
+
+        assert max(totals(10, has_queue=False)) > 0.0
+        waiting = totals(4 * PATIENCE, has_queue=True)
+        assert 2 <= sum(total > 0.0 for total in waiting) <= 4
+        assert max(totals(10, has_queue=False)) > 0.0
+
+
 def test_an_iteration_without_requests_is_bounded_by_the_ttft_target() -> None:
     simulated = Machine(LatencyBudget(4096, tpot_slo_ms=100.0, ttft_slo_ms=600.0))
     for _ in range(100):
