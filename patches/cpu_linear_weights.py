@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from flexllm_vllm.kernels.linear import prefers_onednn
+from flexllm_vllm.kernels.linear import prefers_packed
 from flexllm_vllm.patches import require
 
 # A call on such a weight takes 0.8 ms at 20 GB/s: 8 us are one per cent of it.
@@ -75,7 +75,7 @@ def _packed_for_backward(weight: torch.Tensor) -> Callable[[torch.Tensor], torch
     from vllm import _custom_ops as ops
 
     # Of bfloat16, and on Intel's processors, nothing was measured that speaks for it.
-    if weight.dtype != torch.float32 or not (ops._supports_onednn and prefers_onednn()):
+    if weight.dtype != torch.float32 or not (ops._supports_onednn and prefers_packed()):
         return None
     try:
         handler = ops.create_onednn_mm(weight.contiguous(), _PRIMITIVES)

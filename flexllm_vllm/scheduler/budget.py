@@ -322,11 +322,14 @@ class LatencyBudget:
         """
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
         self.model.observe(work, duration_ms, target_ms)
-        if optional is None or not optional.duration_ms:
+        if optional is not None and optional.duration_ms:
+            self.model.observe_part(optional.work, optional.duration_ms)
+            duration_ms += optional.duration_ms
+            if optional.was_cut:
+                self._overrun.learn(duration_ms / optional.planned_ms)
+        elif work.has_finetuning:
+            # What was late of this the model's margin has taken in.
             return
-        self.model.observe_part(optional.work, optional.duration_ms)
-        whole = duration_ms + optional.duration_ms
-        if optional.was_cut:
-            self._overrun.learn(whole / optional.planned_ms)
-        if work.decode_rows and target_ms is not None:
-            self._overrun.was_late(whole > FILLED * target_ms)
+        if self._has_deadlines and work.decode_rows and target_ms is not None:
+            late = duration_ms > FILLED * target_ms
+            self._overrun.was_late(late, has_finetuning=optional is not None)

@@ -2,7 +2,8 @@
 // again where its output was not kept. See paged_attention.py for the formulas and the layout.
 //
 // Everything that has a side as long as the sequence lies in tiles of kKeys keys, each contiguous:
-// whole rows would be kilobytes apart, a page of memory for each step of an inner loop.
+// whole rows would be kilobytes apart, a page of memory for each step of an inner loop. Right sides
+// of products lie in panels (common.h) within their tiles.
 //
 // Softmax rows exist for one block of queries at a time. Within a block the work is split twice: by
 // head and queries (P, dS and dQ), then by KV head and keys (dK and dV). No two threads write to
@@ -12,9 +13,11 @@
 namespace finetuning {
 namespace {
 
-constexpr long kQueries = 64;     // a block of queries
-constexpr long kSubQueries = 16;  // what one task of the first split handles: its rows fit in L2
-constexpr long kKeys = 64;        // a tile of keys, and what one task of the second split handles
+// Measured at 512 and 2048 keys, a core with 1 MB of L2 and AVX-512, and one with half of it and AVX2.
+constexpr bool kWide = kLanes == 16;
+constexpr long kQueries = kWide ? 64 : 48;     // a block of queries
+constexpr long kSubQueries = kWide ? 16 : 12;  // of a task of the first split: its rows fit in L2
+constexpr long kKeys = kWide ? 64 : 48;        // a tile of keys, and a task of the second split
 
 Scratch scratch;
 
@@ -27,8 +30,15 @@ struct Shape {
   static long tiles_to(long key) { return (key + kKeys - 1) / kKeys; }
 };
 
-// Per KV head, in float32: K^T and V^T in tiles [head_size, kKeys], K (or V) plain, [keys,
-// head_size]. Keys that fill up the last tile are zero.
+// Where element (row, column) of a matrix [rows, columns] lies that is cut into panels.
+inline long in_panels(long row, long column, long rows, long columns) {
+  const long first = column / kPanel * kPanel;
+  const long width = columns - first < kPanel ? columns - first : kPanel;
+  return rows * first + row * width + (column - first);
+}
+
+// Per KV head and tile, in float32: K^T and V^T [head_size, kKeys], K (or V) plain, [kKeys,
+// head_size], all in panels. Keys that fill up the last tile are zero.
 template <class T>
 void read_cache(const Shape& s, const T* cache, long block_stride, long head_stride,
                 const int64_t* blocks, float* key_t, float* value_t, float* plain,
@@ -50,23 +60,29 @@ void read_cache(const Shape& s, const T* cache, long block_stride, long head_str
         const T* block = cache + blocks[key / s.block_size] * block_stride + h * head_stride;
         const T* k = block + at;
         const T* v = block + d * s.block_size + at * d;
-        for (long i = 0; i < d; ++i) {
+        for (long from = 0, size; from < n; from += size) {  // a run within one panel
+          const long column = to + from, left = kPanel - column % kPanel;
+          size = n - from < left ? n - from : left;
+          float* kp = kt + in_panels(0, column, d, kKeys);
+          float* vp = vt == nullptr ? nullptr : vt + in_panels(0, column, d, kKeys);
+          for (long i = 0; i < d; ++i) {
 #pragma omp simd
-          for (long j = 0; j < n; ++j) kt[i * kKeys + to + j] = load(k + i * s.block_size + j);
+            for (long j = 0; j < size; ++j) kp[i * kPanel + j] = load(k + i * s.block_size + from + j);
+            if (vp != nullptr)
+              for (long j = 0; j < size; ++j) vp[i * kPanel + j] = load(v + (from + j) * d + i);
+          }
         }
         for (long j = 0; j < n; ++j)
-          for (long i = 0; i < d; ++i) {
-            const float value = load(v + j * d + i);
-            if (vt != nullptr) vt[i * kKeys + to + j] = value;
-            rows[(to + j) * d + i] = plain_is_key ? load(k + i * s.block_size + j) : value;
-          }
+          for (long i = 0; i < d; ++i)
+            rows[in_panels(to + j, i, kKeys, d)] =
+                plain_is_key ? load(k + i * s.block_size + j) : load(v + j * d + i);
         key += n;
       }
       for (long to = key - first; to < kKeys; ++to)
         for (long i = 0; i < d; ++i) {
-          kt[i * kKeys + to] = 0;
-          if (vt != nullptr) vt[i * kKeys + to] = 0;
-          rows[to * d + i] = 0;
+          kt[in_panels(i, to, d, kKeys)] = 0;
+          if (vt != nullptr) vt[in_panels(i, to, d, kKeys)] = 0;
+          rows[in_panels(to, i, kKeys, d)] = 0;
         }
     }
 }
@@ -82,6 +98,12 @@ void copy_rows(const T* x, long row_stride, long rows, long width, float* out) {
 inline long seen_of_tile(long position, long from) {
   const long seen = position + 1 - from;
   return seen < 0 ? 0 : seen < kKeys ? seen : kKeys;
+}
+
+// Columns of tile `t` that the queries before `end` see, in whole panels.
+inline long seen_columns(long end, long t) {
+  const long columns = round_up(end - t * kKeys, kPanel);
+  return columns < kKeys ? columns : kKeys;
 }
 
 inline float largest(const float* x, long n, float top) {
@@ -135,9 +157,10 @@ void backward(const Shape& s, const T* d_out, const T* query, const T* cache, lo
           const long seen = Shape::tiles_to(position + n);
           for (long t = 0; t < seen; ++t) {
             float* pt = p + t * tile_size;
-            multiply(q, d, 1, key_t + kv_at + t * kKeys * d, kKeys, pt, kKeys, n, kKeys, d, false);
-            multiply(g, d, 1, value_t + kv_at + t * kKeys * d, kKeys, ds + t * tile_size, kKeys, n,
-                     kKeys, d, false);
+            const long columns = seen_columns(position + n, t);
+            multiply_panels(q, d, 1, key_t + kv_at + t * kKeys * d, pt, kKeys, n, columns, d, false);
+            multiply_panels(g, d, 1, value_t + kv_at + t * kKeys * d, ds + t * tile_size, kKeys, n,
+                            columns, d, false);
             for (long r = 0; r < n; ++r)
               top[r] = largest(pt + r * kKeys, seen_of_tile(position + r, t * kKeys), top[r]);
           }
@@ -169,8 +192,8 @@ void backward(const Shape& s, const T* d_out, const T* query, const T* cache, lo
                 dr[i] = s.scale * pr[i] * (dr[i] - mean);
               }
             }
-            multiply(ds + t * tile_size, kKeys, 1, key + kv_at + t * kKeys * d, d,
-                     dq + (first + at) * hd + h * d, hd, n, d, kKeys, t > 0);
+            multiply_panels(ds + t * tile_size, kKeys, 1, key + kv_at + t * kKeys * d,
+                            dq + (first + at) * hd + h * d, hd, n, d, kKeys, t > 0);
           }
           for (long t = seen; t < used; ++t) {
             std::memset(p + t * tile_size, 0, n * kKeys * sizeof(float));
@@ -222,7 +245,8 @@ void forward(const Shape& s, const T* query, const T* cache, long block_stride, 
         const long seen = Shape::tiles_to(position + n);
         for (long t = 0; t < seen; ++t) {
           float* pt = p + t * kSubQueries * kKeys;
-          multiply(q, d, 1, key_t + kv_at + t * kKeys * d, kKeys, pt, kKeys, n, kKeys, d, false);
+          multiply_panels(q, d, 1, key_t + kv_at + t * kKeys * d, pt, kKeys, n,
+                          seen_columns(position + n, t), d, false);
           for (long r = 0; r < n; ++r)
             top[r] = largest(pt + r * kKeys, seen_of_tile(position + r, t * kKeys), top[r]);
         }
@@ -241,7 +265,7 @@ void forward(const Shape& s, const T* query, const T* cache, long block_stride, 
             sum[r] += total;
             for (long i = valid; i < kKeys; ++i) pr[i] = 0;
           }
-          multiply(pt, kKeys, 1, value + kv_at + t * kKeys * d, d, o, d, n, d, kKeys, t > 0);
+          multiply_panels(pt, kKeys, 1, value + kv_at + t * kKeys * d, o, d, n, d, kKeys, t > 0);
         }
         for (long r = 0; r < n; ++r) {
           const float inverse = 1.0f / sum[r];

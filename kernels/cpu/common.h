@@ -141,4 +141,20 @@ inline void multiply(const float* a, long a_row, long a_inner, const float* b, l
     multiply_columns<1>(a, a_row, a_inner, b + n, b_row, c + n, c_row, rows, inner, add);
 }
 
+// The columns of a matrix that are multiplied at a time are a panel.
+constexpr long kPanel = kTileVectors * kLanes;
+
+// As `multiply`, B in panels: of each its rows one after the other, so that it is read from the
+// first byte to the last. Its last one is narrower where `columns` is no multiple of kPanel.
+inline void multiply_panels(const float* a, long a_row, long a_inner, const float* b, float* c,
+                            long c_row, long rows, long columns, long inner, bool add) {
+  long n = 0;
+  for (; n + kPanel <= columns; n += kPanel)
+    multiply_columns<kTileVectors>(a, a_row, a_inner, b + inner * n, kPanel, c + n, c_row, rows,
+                                   inner, add);
+  if (n < columns)
+    multiply(a, a_row, a_inner, b + inner * n, columns - n, c + n, c_row, rows, columns - n, inner,
+             add);
+}
+
 }  // namespace finetuning

@@ -50,8 +50,20 @@ def test_keys_and_values_are_read_back_exactly(
 def test_gradients_equal_autograd_whatever_the_windows(
     window: int, heads: int, kv_heads: int, dtype: torch.dtype, block_size: int
 ) -> None:
+    check_gradients(window, heads, kv_heads, dtype, block_size, "vec", 32)
+
+
+@pytest.mark.parametrize(("isa", "head_size"), [("vec", 64), ("vec", 96), ("vec16", 80)])
+@pytest.mark.parametrize("window", [50, 300])
+def test_gradients_whatever_the_head_size(window: int, isa: str, head_size: int) -> None:
+    check_gradients(window, 4, 2, torch.float32, 32, isa, head_size)
+
+
+def check_gradients(
+    window: int, heads: int, kv_heads: int, dtype: torch.dtype, block_size: int, isa: str, d: int
+) -> None:
     torch.manual_seed(window)
-    n, d = 300, 32
+    n = 300
     q, k, v = (torch.randn(n, h, d).to(dtype) for h in (heads, kv_heads, kv_heads))
     d_out = torch.randn(n, heads, d).to(dtype)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
@@ -61,7 +73,7 @@ def test_gradients_equal_autograd_whatever_the_windows(
     exact.backward(d_out.double())
 
     table = torch.randperm(-(-n // block_size) + 3)[: -(-n // block_size)]
-    cache = filled_cache(k, v, table, "vec", block_size)
+    cache = filled_cache(k, v, table, isa, block_size)
     dk, dv = torch.zeros(kv_heads, n, d), torch.zeros(kv_heads, n, d)
     dq, out = torch.empty(q.shape), torch.empty_like(q)
     for end in range(n, 0, -window):

@@ -14,7 +14,7 @@ from flexllm_vllm.patches import cpu_linear_weights
 def test_the_same_products_whatever_the_form(
     form: str, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_linear_weights, "prefers_onednn", lambda: form != "plain")
+    monkeypatch.setattr(cpu_linear_weights, "prefers_packed", lambda: form != "plain")
     torch.manual_seed(0)
     weight, x, dy = torch.randn(96, 64), torch.randn(7, 64), torch.randn(7, 96)
     layer: Any = torch.nn.Module()
