@@ -36,7 +36,8 @@ MIN_IDLE_TOKENS = 16
 PATIENCE = 250
 # Of the iterations with inference one in so many holds no finetuning, more at the start: filled to
 # the same target all of them say the same, and what inference takes alone, of which the target is
-# a multiple, can be told from none.
+# a multiple, can be told from none. One with a backward that was timed by itself, and no forward,
+# tells it too.
 ALONE_EVERY = 40
 ALONE_EVERY_AT_FIRST = 8
 FIRST = 80
@@ -321,6 +322,8 @@ class LatencyBudget:
             optional: what came after it.
         """
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
+        if optional is not None and work == work.inference:
+            self._since_alone = 0
         self.model.observe(work, duration_ms, target_ms)
         if optional is not None and optional.duration_ms:
             self.model.observe_part(optional.work, optional.duration_ms)

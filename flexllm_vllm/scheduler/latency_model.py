@@ -61,6 +61,11 @@ class IterationWork:
         return self.decode_rows > 0 or self.prefill_tokens > 0
 
     @property
+    def inference(self) -> "IterationWork":
+        """Its part without finetuning."""
+        return IterationWork(self.decode_rows, self.decode_context, self.prefill_tokens)
+
+    @property
     def has_finetuning(self) -> bool:
         return self.forward_tokens > 0 or self.backward_tokens > 0
 

@@ -124,6 +124,19 @@ def test_the_backward_is_learnt_where_all_iterations_end_at_the_deadline() -> No
     assert budget.model.predict_ms(DECODING) == pytest.approx(machine_ms(DECODING), rel=0.05)
 
 
+@pytest.mark.parametrize("forward", [0.0, 16.0])
+def test_a_backward_that_is_timed_by_itself_spares_an_iteration_without(forward: float) -> None:
+    budget = LatencyBudget(512, tpot_slo_ms=120.0, has_deadlines=True)
+    backward = replace(IDLE, backward_tokens=10.0)
+    work = replace(DECODING, has_finetuning_rows=float(forward > 0), forward_tokens=forward)
+    without = 0
+    for _ in range(300):
+        without += not budget.budget(DECODING, 120.0).total
+        optional = OptionalWork(backward, 60.0, planned_ms=110.0, was_cut=True)
+        budget.observe(work, 45.0, 120.0, optional)
+    assert (without > 0) is (forward > 0)
+
+
 def test_the_deadline_leaves_room_for_a_tokens_way_to_the_client() -> None:
     budget = LatencyBudget(512, has_deadlines=True)
     deadline_ms = budget.budget(DECODING, 100.0).deadline_ms
