@@ -31,6 +31,10 @@ PACK_ROWS = 512
 # ... and beside requests, where the iteration's end cuts windows anyway: the first pack of a batch
 # has a forward with no backward beside it, and the shorter that is, the better.
 PACK_ROWS_BESIDE_REQUESTS = 256
+# Beside requests a forward with so many times its fixed cost goes with the backward of packs
+# before. To put it off saves nothing: it would be as small in an iteration of its own, whose rest,
+# kept free lest the forward be late, only a backward can use.
+FORWARD_WORTH = 1.25
 
 
 class Planner:
@@ -209,7 +213,8 @@ class Planner:
         firm = budget.firm - self._plan_steps(loops, budget.firm, budget, plan)
         ready = [self._guard(loop, self.optional.is_ready, loop) for loop in loops]
         # What any forward costs must be worth it, unless there is nothing else to do.
-        if firm > budget.rows and (firm >= 2 * budget.rows or not any(ready)):
+        worth_it = not any(ready) or firm >= FORWARD_WORTH * budget.rows
+        if firm > budget.rows and worth_it:
             tokens = max(1, int(budget.forward_tokens(firm)))
             self._plan_forward(loops, min(tokens, budget.max_tokens), plan)
         # All that the iteration could hold: the worker may be faster than expected.

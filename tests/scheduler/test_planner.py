@@ -361,3 +361,17 @@ def test_packs_are_smaller_beside_requests(tmp_path: Path) -> None:
         budget = replace(Budget.of_tokens(1000), firm=1000.0, deadline_ms=deadline_ms)
         sizes[deadline_ms] = [pack.num_rows for pack in planner.plan(budget).open]
     assert sizes == {None: [4 * 119], 100.0: [2 * 119] * 2}
+
+
+@pytest.mark.parametrize(("firm", "has_forward"), [(11.0, False), (15.0, True)])
+def test_a_forward_goes_with_the_backward_beside_requests(
+    firm: float, has_forward: bool, tmp_path: Path
+) -> None:
+    planner = Planner(ModelShape(LAYERS, 2.0), Rows())
+    layout = replace(LAYOUT, num_pages=1024)
+    make_loop(planner, "a", [120] * 4, tmp_path, n_epochs=1, layout=layout)
+    budget = replace(Budget.of_tokens(238), firm=238.0, deadline_ms=300.0)
+    planner.plan(budget)  # the forward of the first of two packs
+    plan = planner.plan(replace(budget, firm=firm, rows=10.0))
+    assert plan.optional
+    assert bool(plan.forward) is has_forward
