@@ -31,8 +31,10 @@ IDLE_SHARE_OF_TTFT = 0.5
 MIN_COST_MS = 1e-3
 # An iteration without inference holds at least so many tokens, whatever the target.
 MIN_IDLE_TOKENS = 16
-# After so many iterations with inference that left nothing to finetuning, one gets MIN_IDLE_TOKENS:
-# were it the model that is wrong, it would never find out. So few do not show in a 99th percentile.
+# After so many iterations with inference that left nothing to finetuning, or in which the worker
+# found no time for it, one gets MIN_IDLE_TOKENS: were it the model that is wrong (a machine that
+# was busy during the calibration), it would never find out. So few do not show in a 99th
+# percentile.
 PATIENCE = 250
 # Of the iterations with inference one in so many holds no finetuning, more at the start: filled to
 # the same target all of them say the same, and what inference takes alone, of which the target is
@@ -173,7 +175,7 @@ class LatencyBudget:
         self._ttft_slo_ms = ttft_slo_ms
         self._num_in_flight = num_in_flight
         self._auto_multiple = AUTO_MULTIPLE
-        self._left_out = 0
+        self._left_out = self._not_run = 0
         # Iterations with inference and work to do, and those of them since one without finetuning.
         self._num_shared = self._since_alone = 0
         self._warned = False
@@ -235,7 +237,12 @@ class LatencyBudget:
             total = max(firm, deadline_ms / model.pace - alone)
         if has_queue:
             total = firm = 0.0
-        if not inference.has_inference or self._left_out >= PATIENCE:
+        must_run = inference.has_inference and max(self._left_out, self._not_run) >= PATIENCE
+        if must_run:
+            # What the worker would find no time for runs now, whatever the time.
+            self._not_run, deadline_ms = 0, None
+            self._warn(inference, has_queue)
+        if must_run or not inference.has_inference:
             total, firm = max(total, self._least()), max(firm, self._least())
         elif not inference.prefill_tokens and self._runs_alone():
             total = firm = 0.0
@@ -324,6 +331,10 @@ class LatencyBudget:
         self._since_inference = 0 if work.has_inference else self._since_inference + 1
         if optional is not None and work == work.inference:
             self._since_alone = 0
+        if work != work.inference or optional is not None:
+            self._not_run = 0
+        elif work.has_inference and target_ms is not None:
+            self._not_run += 1
         self.model.observe(work, duration_ms, target_ms)
         if optional is not None and optional.duration_ms:
             self.model.observe_part(optional.work, optional.duration_ms)

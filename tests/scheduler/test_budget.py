@@ -137,6 +137,21 @@ def test_a_backward_that_is_timed_by_itself_spares_an_iteration_without(forward:
     assert (without > 0) is (forward > 0)
 
 
+def test_what_the_worker_never_finds_time_for_is_run_now_and_then() -> None:
+    """Windows that are believed to be longer than what is left of any iteration."""
+    budget = LatencyBudget(512, tpot_slo_ms=120.0, has_deadlines=True)
+    without_deadline = 0
+    for _ in range(4 * PATIENCE):
+        allowed = budget.budget(DECODING, 120.0)
+        work = DECODING
+        if allowed.deadline_ms is None:
+            without_deadline += 1
+            assert allowed.total >= allowed.window
+            work = replace(DECODING, backward_tokens=16.0, backward_windows=1.0)
+        budget.observe(work, 40.0, 120.0)
+    assert 3 <= without_deadline <= 4
+
+
 def test_the_deadline_leaves_room_for_a_tokens_way_to_the_client() -> None:
     budget = LatencyBudget(512, has_deadlines=True)
     deadline_ms = budget.budget(DECODING, 100.0).deadline_ms
