@@ -52,6 +52,8 @@ _SIGNATURES: dict[str, list[Any]] = {
                            c_long, c_void_p],
     "attention_forward": [c_int, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, c_long,
                           c_long, c_long, c_long, c_long, c_float, c_void_p],
+    "few_rows": [c_int, c_void_p, c_long, c_long, c_void_p, c_long, c_long, c_long, c_void_p,
+                 c_void_p, c_long],
     "keep_rows": [c_int, c_void_p, c_long, c_void_p, c_long, c_long, c_long, c_void_p, c_long,
                   c_void_p, c_long, c_long, c_long],
     "lora_add": [c_int, c_void_p, c_long, c_void_p, c_long, c_long, c_long, c_void_p, c_long,

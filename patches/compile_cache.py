@@ -18,11 +18,12 @@ import torch
 from flexllm_vllm.patches import require
 
 
-def apply(key: str, matters: Collection[str] = ()) -> None:
+def apply(key: str, version: int, matters: Collection[str] = ()) -> None:
     """Leaves this key of ``additional_config`` out of the hash; once in a process.
 
     Args:
         key: what the plugin keeps there.
+        version: of the operations that the plugin puts into graphs; takes the key's place.
         matters: names below the key that graphs depend on, which stay in the hash.
     """
     from vllm.config import VllmConfig
@@ -36,9 +37,7 @@ def apply(key: str, matters: Collection[str] = ()) -> None:
         others = self.additional_config
         if isinstance(others, dict) and key in others:
             kept = {name: value for name, value in others[key].items() if name in matters}
-            others = {name: value for name, value in others.items() if name != key}
-            if kept:
-                others[key] = kept
+            others = {**others, key: {**kept, "version": version}}
             self = copy.copy(self)
             self.additional_config = others
         return str(compute(self))

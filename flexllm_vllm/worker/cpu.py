@@ -28,6 +28,8 @@ from flexllm_vllm.worker.mixin import FinetuningWorkerMixin
 GRAPH_ROWS = 32
 # Of :class:`FinetuningConfig`: by them a linear is another operation of the graph.
 GRAPH_OPTIONS = ("base_weights",)
+# To be raised when the graph of an unchanged configuration holds other operations than before.
+GRAPH_VERSION = 2
 
 
 class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
@@ -41,7 +43,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         cpu_lora_ops.apply()
         cpu_quantised_lora.apply()
         cpu_compilation.apply_to_layers()
-        compile_cache.apply(KEY, matters=GRAPH_OPTIONS)
+        compile_cache.apply(KEY, GRAPH_VERSION, GRAPH_OPTIONS)
         compile_cache.load_plain_functions()
         native.library()  # compiled at the first start on a machine, not during the first job
 

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 
 from flexllm_vllm.config import KEY
 from flexllm_vllm.patches import compile_cache
-from flexllm_vllm.worker.cpu import GRAPH_OPTIONS
+from flexllm_vllm.worker.cpu import GRAPH_OPTIONS, GRAPH_VERSION
 
 
 def config_hash(**additional: object) -> str:
@@ -15,8 +15,8 @@ def config_hash(**additional: object) -> str:
 
 
 def test_finetuning_flags_are_not_part_of_the_hash() -> None:
-    compile_cache.apply(KEY, GRAPH_OPTIONS)
-    plain = config_hash(other=1)
+    compile_cache.apply(KEY, GRAPH_VERSION, GRAPH_OPTIONS)
+    plain = config_hash(other=1, **{KEY: {}})
     assert config_hash(other=1, **{KEY: {"dir": "a"}}) == plain
     assert config_hash(other=1, **{KEY: {"dir": "b"}}) == plain
     assert config_hash(other=2, **{KEY: {"dir": "a"}}) != plain
@@ -24,14 +24,19 @@ def test_finetuning_flags_are_not_part_of_the_hash() -> None:
 
 def test_what_changes_the_graph_is() -> None:
     """A graph made for one kind of weights cannot run the other."""
-    compile_cache.apply(KEY, GRAPH_OPTIONS)
+    compile_cache.apply(KEY, GRAPH_VERSION, GRAPH_OPTIONS)
     one, two = ({"dir": "a", "base_weights": copies} for copies in ("one-copy", "two-copies"))
     assert config_hash(**{KEY: one}) != config_hash(**{KEY: two})
     assert config_hash(**{KEY: one}) == config_hash(**{KEY: one | {"dir": "b"}})
 
 
+def test_a_server_that_finetunes_has_graphs_of_its_own() -> None:
+    compile_cache.apply(KEY, GRAPH_VERSION, GRAPH_OPTIONS)
+    assert config_hash(**{KEY: {}}) != config_hash()
+
+
 def test_the_configuration_keeps_what_the_hash_leaves_out() -> None:
-    compile_cache.apply(KEY, GRAPH_OPTIONS)
+    compile_cache.apply(KEY, GRAPH_VERSION, GRAPH_OPTIONS)
     config = VllmConfig(additional_config={KEY: {"dir": "a"}})
     config.compute_hash()
     assert config.additional_config == {KEY: {"dir": "a"}}
