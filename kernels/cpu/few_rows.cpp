@@ -13,7 +13,7 @@ namespace {
 constexpr long kBlock = 64;
 constexpr int kStreams = 4;
 constexpr long kChunk = 32;
-constexpr long kMostRows = 16;
+constexpr long kMostRows = 96;
 constexpr int kBlockVectors = kBlock / kLanes;
 typedef const UnalignedVector* In;
 

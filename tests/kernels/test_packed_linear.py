@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flexllm_vllm.kernels import packed_linear
-from flexllm_vllm.kernels.packed_linear import FEW_ROWS, PackedLinear, can_pack
+from flexllm_vllm.kernels.packed_linear import PackedLinear, can_pack
 
 SHAPES = [(64, 64), (960, 576), (576, 1536), (100, 75), (3, 5), (130, 16)]
 
@@ -13,7 +13,7 @@ def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_rows", [*range(1, FEW_ROWS + 2), 40])
+@pytest.mark.parametrize("num_rows", [*range(1, 18), 40, 95, 96, 97])
 def test_any_number_of_rows(shape: tuple[int, int], num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     weight = torch.randn(shape, generator=generator)
@@ -41,10 +41,12 @@ def test_our_kernel_multiplies_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> No
         return whole(self, x, bias)
 
     monkeypatch.setattr(PackedLinear, "_by_onednn", count)
-    for num_rows in (0, 1, FEW_ROWS, FEW_ROWS + 1):
+    most = linear.few_rows
+    assert most >= 16
+    for num_rows in (0, 1, most, most + 1):
         assert linear(torch.randn(num_rows, 48)).shape == (num_rows, 96)
     linear(torch.randn(48, 3).t())  # elements of a row that do not adjoin
-    assert by_onednn == [0, FEW_ROWS + 1, 3]
+    assert by_onednn == [0, most + 1, 3]
 
 
 def test_a_weight_that_is_packed_otherwise_is_left_to_onednn(
@@ -53,7 +55,7 @@ def test_a_weight_that_is_packed_otherwise_is_left_to_onednn(
     monkeypatch.setattr(packed_linear, "_BLOCK", 32)
     weight, x = torch.randn(96, 48), torch.randn(3, 48)
     linear = PackedLinear(weight)
-    assert linear._kernel is None
+    assert linear.few_rows == 0
     torch.testing.assert_close(linear(x).double(), expected(x, weight, None), rtol=1e-5, atol=1e-4)
 
 
@@ -62,7 +64,7 @@ def test_bfloat16_is_left_to_onednn() -> None:
         pytest.skip("no bfloat16 in oneDNN on this processor")
     weight, x = torch.randn(96, 48).bfloat16(), torch.randn(3, 48).bfloat16()
     linear = PackedLinear(weight)
-    assert linear._kernel is None
+    assert linear.few_rows == 0
     torch.testing.assert_close(linear(x).double(), expected(x, weight, None), rtol=2e-2, atol=2e-1)
 
 
