@@ -83,11 +83,6 @@ class PackedLinear:
         )
         return found
 
-    def dense(self) -> torch.Tensor:
-        """The weight."""
-        weight: torch.Tensor = self.packed.to_dense()
-        return weight
-
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether torch has oneDNN here, and that takes such a weight."""

@@ -70,7 +70,7 @@ def test_bfloat16_is_left_to_onednn() -> None:
 
 def test_the_weight_is_had_back() -> None:
     weight = torch.randn(100, 75)
-    assert torch.equal(PackedLinear(weight).dense(), weight)
+    assert torch.equal(PackedLinear(weight).packed.to_dense(), weight)
 
 
 def test_what_can_be_packed() -> None:
