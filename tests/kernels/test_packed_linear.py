@@ -42,6 +42,8 @@ def test_our_kernel_multiplies_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(PackedLinear, "_by_onednn", count)
     most = linear.few_rows
+    if not most and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("oneDNN packs otherwise for this processor")
     assert most >= 16
     for num_rows in (0, 1, most, most + 1):
         assert linear(torch.randn(num_rows, 48)).shape == (num_rows, 96)
