@@ -13,6 +13,7 @@ engines that finetune; raises there if the loop is gone.
 import functools
 from typing import Any
 
+from flexllm_vllm.frame_stack import with_room
 from flexllm_vllm.patches import require
 
 
@@ -30,7 +31,8 @@ def apply() -> None:
         if hasattr(self.scheduler, "attach_engine"):
             self.scheduler.attach_engine(self)
         try:
-            run(self)
+            # Its workers, where they are of the same process, and the scheduler.
+            with_room(run)(self)
         except SystemExit:
             # The regular end. Workers are still alive; whatever else ends the loop, they may not.
             if hasattr(self.scheduler, "detach_engine"):

@@ -13,7 +13,7 @@ PACKAGE = "flexllm_vllm"
 MAY_IMPORT = {
     "kernels": {"kernels", "log"},
     "kernels/triton": {"kernels"},
-    "patches": {"patches", "kernels", "api", "flags"},
+    "patches": {"patches", "kernels", "api", "flags", "frame_stack"},
     "flexllm_vllm/data": {"data", "log"},
     "flexllm_vllm/jobs": {"jobs", "data", "log"},
     "flexllm_vllm/adapter_files": {"adapter_files", "log"},
@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "plan",
         "checkpoints",
         "config",
+        "frame_stack",
         "log",
     },
     "flexllm_vllm/scheduler": {

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from flexllm_vllm.config import FinetuningConfig
+from flexllm_vllm.frame_stack import with_room
 from flexllm_vllm.log import get_logger
 from flexllm_vllm.models import build_backward
 from flexllm_vllm.models.base import ActivationPolicy, Capture, TrainedLinears
@@ -216,6 +217,7 @@ class FinetuningWorkerMixin(_Base):
         with self._side.allocating() if self._side else nullcontext():
             self._trainer.begin_forward(self._plan.forward, offsets)
 
+    @with_room
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
         plan = getattr(scheduler_output, "finetuning", None)
@@ -258,6 +260,7 @@ class FinetuningWorkerMixin(_Base):
             logger.warning("the disk is too slow: a checkpoint is not complete")
         return self._trainer.take_result().get()
 
+    @with_room
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self._with_result(super().sample_tokens(grammar_output))
