@@ -34,7 +34,7 @@ def is_traced() -> bool:
     return _is_traced
 
 
-def _add_adapters(y: torch.Tensor, x: torch.Tensor, path: str) -> None:
+def add_adapters(y: torch.Tensor, x: torch.Tensor, path: str) -> None:
     """Adds the adapters' products of a linear to its output ``y``."""
     module = _modules[path]
     module.punica_wrapper.add_lora_linear(
@@ -42,7 +42,7 @@ def _add_adapters(y: torch.Tensor, x: torch.Tensor, path: str) -> None:
     )
 
 
-def _add_embedding_adapters(y: torch.Tensor, ids: torch.Tensor, path: str) -> None:
+def add_embedding_adapters(y: torch.Tensor, ids: torch.Tensor, path: str) -> None:
     """Adds the adapters' products of the embedding to its output ``y``."""
     module = _modules[path]
     indices = module.punica_wrapper._embeddings_indices[: ids.shape[0]]
@@ -50,7 +50,8 @@ def _add_embedding_adapters(y: torch.Tensor, ids: torch.Tensor, path: str) -> No
     module.punica_wrapper.add_lora_embedding(y, shrunk, module.lora_b_stacked, add_input=True)
 
 
-def _hand_over(x: torch.Tensor, addend: torch.Tensor | None, layer: int, name: str) -> None:
+def hand_over(x: torch.Tensor, addend: torch.Tensor | None, layer: int, name: str) -> None:
+    """Hands activations to the finetuning."""
     if _capture is not None:
         _capture(layer, name, x, addend)
 
@@ -59,9 +60,9 @@ _LIBRARY = torch.library.Library("flexllm_vllm", "FRAGMENT")
 # The capture changes nothing: said to change ``x``, it is neither dropped as an operation without a
 # result nor moved behind what overwrites ``x``.
 for _schema, _operation in (
-    ("add_adapters(Tensor(a!) y, Tensor x, str path) -> ()", _add_adapters),
-    ("add_embedding_adapters(Tensor(a!) y, Tensor ids, str path) -> ()", _add_embedding_adapters),
-    ("capture(Tensor(a!) x, Tensor? addend, int layer, str name) -> ()", _hand_over),
+    ("add_adapters(Tensor(a!) y, Tensor x, str path) -> ()", add_adapters),
+    ("add_embedding_adapters(Tensor(a!) y, Tensor ids, str path) -> ()", add_embedding_adapters),
+    ("capture(Tensor(a!) x, Tensor? addend, int layer, str name) -> ()", hand_over),
 ):
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.partition("(")[0], _operation, "CPU")

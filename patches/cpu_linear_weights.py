@@ -80,9 +80,10 @@ def _linear(
     return torch.ops.flexllm_vllm.packed_linear(x, bias, number, width)
 
 
-def _packed_linear(
+def packed_linear(
     x: torch.Tensor, bias: torch.Tensor | None, number: int, width: int
 ) -> torch.Tensor:
+    """The operation of that name: the linear with this number."""
     return _packed[number](x, bias)
 
 
@@ -94,7 +95,7 @@ def _packed_linear_shape(
 
 _library = torch.library.Library("flexllm_vllm", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor? bias, int number, int width) -> Tensor")
-_library.impl("packed_linear", _packed_linear, "CPU")
+_library.impl("packed_linear", packed_linear, "CPU")
 _library._register_fake("packed_linear", _packed_linear_shape)
 
 

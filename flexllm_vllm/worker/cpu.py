@@ -19,6 +19,8 @@ from flexllm_vllm.patches import (
     cpu_linear_weights,
     cpu_lora_ops,
     cpu_quantised_lora,
+    direct_operations,
+    require,
 )
 from flexllm_vllm.worker.heap import keep_freed_memory
 from flexllm_vllm.worker.kv_layout import check_cpu_layout
@@ -36,6 +38,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
     """See :class:`FinetuningWorkerMixin`."""
 
     def _patch_vllm(self, config: FinetuningConfig) -> None:
+        direct_operations.restore()  # of another engine of this process
         cpu_attention_layout.apply()
         cpu_attention_forward.apply()
         cpu_linear_weights.apply({"one-copy": True, "two-copies": False}.get(config.base_weights))
@@ -75,6 +78,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
             lambda: runner._dummy_run(num_rows),
         )
         if graph is not None:
+            _call_operations_directly()
             return graph.select
         cpu_compilation.use_fast_operations(model)
         return None
@@ -85,3 +89,17 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
             return True
         wrappers = self._lora_manager.punica_wrapper_mapping.values()
         return any(cpu_lora_ops.has_adapter_rows(wrapper) for wrapper in wrappers)
+
+
+def _call_operations_directly() -> None:
+    """From now on, when both graphs exist."""
+    from vllm.model_executor.layers.attention import attention
+
+    direct_operations.call_directly(
+        "flexllm_vllm",
+        packed_linear=cpu_linear_weights.packed_linear,
+        add_adapters=cpu_adapter_graph.add_adapters,
+        capture=cpu_adapter_graph.hand_over,
+    )
+    names = ("unified_attention_with_output", "unified_kv_cache_update")
+    direct_operations.call_directly("vllm", **{name: require(attention, name) for name in names})
