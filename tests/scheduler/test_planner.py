@@ -375,3 +375,15 @@ def test_a_forward_goes_with_the_backward_beside_requests(
     plan = planner.plan(replace(budget, firm=firm, rows=10.0))
     assert plan.optional
     assert bool(plan.forward) is has_forward
+
+
+def test_beside_requests_the_shortest_pack_comes_first(tmp_path: Path) -> None:
+    planner = Planner(ModelShape(LAYERS, 2.0), Rows())
+    layout = replace(LAYOUT, num_pages=1024)
+    lengths = [231, 201, 101, 191, 221, 161]
+    loop = make_loop(planner, "a", lengths, tmp_path, batch_size=6, n_epochs=1, layout=layout)
+    planner.plan(replace(Budget.of_tokens(16), firm=16.0, deadline_ms=100.0))
+    assert loop.batch is not None
+    first, *others = (pack.num_rows for pack in loop.batch.packs)
+    assert first == 100
+    assert sorted(others) == [160, 190, 200, 220, 230]
