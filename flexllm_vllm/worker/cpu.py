@@ -78,7 +78,7 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
             lambda: runner._dummy_run(num_rows),
         )
         if graph is not None:
-            _call_operations_directly()
+            call_operations_directly()
             return graph.select
         cpu_compilation.use_fast_operations(model)
         return None
@@ -91,8 +91,8 @@ class FinetuningCPUWorker(FinetuningWorkerMixin, CPUWorker):
         return any(cpu_lora_ops.has_adapter_rows(wrapper) for wrapper in wrappers)
 
 
-def _call_operations_directly() -> None:
-    """From now on, when both graphs exist."""
+def call_operations_directly() -> None:
+    """Has the compiled graphs do so from now on, when both exist."""
     from vllm.model_executor.layers.attention import attention
 
     direct_operations.call_directly(
