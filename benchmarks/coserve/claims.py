@@ -115,12 +115,6 @@ def check(cells: Cells, loads: list[str]) -> list[Claim]:
         shown = "-" if within is None else f"{within:.2%}"
         met = None if within is None else within >= LEAST_WITHIN_TARGET
         claims.append(Claim(says, load, shown, met))
-        most = within_ceiling(cells, load)
-        if met is False and most and most < LEAST_WITHIN_TARGET:
-            says = f"or >= {LEAST_SHARE_OF_CEILING:.0%} of what others' prompts leave within it"
-            figures = f"{within / most:.2%} of {most:.2%}"
-            met = within / most >= LEAST_SHARE_OF_CEILING
-            claims.append(Claim(says, load, figures, met))
         whole = alone(cells)
         if whole and load in FEW_STREAMS:
             share = trained(ours) / whole

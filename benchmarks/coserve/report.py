@@ -53,7 +53,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         lines += ["", f"## {load}{shown}", "", *_table(cells, load)]
     if rows := _time(cells, loads):
         lines += ["", "## Where the time goes, and the ceiling", "", *rows]
-    lines += ["", "## Noise", "", *_noise(cells)]
+    lines += ["", "## Noise", "", *_noise(cells), *_set_aside(results)]
     if sweep := _sweep(cells):
         lines += ["", "## The target", "", *sweep, "", "![sweep](sweep.png)"]
     if loads:
@@ -214,6 +214,16 @@ def _noise(cells: Cells) -> list[str]:
     client = max((c["client_cpu"] for c in cells.values()), default=0.0)
     lines.append(f"The load client used at most {client:.1%} of a core.")
     return [x for line in lines for x in (line, "")][:-1]
+
+
+def _set_aside(results: dict[str, Any]) -> list[str]:
+    """Cells that were measured again (by hand, with ``--resume``), and why."""
+    lines = []
+    for key, (reason, cell) in results.get("set_aside", {}).items():
+        within = _share(cell["latency"]["within_target"], 2)
+        figures = f"{trained(cell):.1f} tokens/s and {within} within the target"
+        lines += ["", f"{key} was measured again. The first, {figures}, was set aside: {reason}."]
+    return lines
 
 
 def sweep_cells(cells: Cells) -> list[tuple[float, dict[str, Any]]]:
